@@ -1,0 +1,329 @@
+"""Algorithms 2, 3 and 4 of Lorraine & Duvenaud (2018), line by line.
+
+    for step in joint(problem, hypernetwork, lam_hat, phi_optimizer, lam_optimizer, sigma=0.5, generator=g):
+        ...                                   # the caller owns the clock, the schedules, the trace and the end
+
+Each algorithm is an endless generator of :class:`Step`. Everything that changes lives in what the caller passed in
+(hypernetwork, λ̂, optimizers, generators), so stopping, inspecting or resuming needs no hook. Nothing here knows
+scikit-learn or neural networks: two loss functions and two streams of minibatches are the whole problem.
+
+Shapes: m sampled hyperparameters, n hyperparameters, D weights, K folds. One λ̂ (n,) is shared by the K folds, and
+its gradient is the mean over folds of each fold's own validation gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hypertune.hypernetworks import Hypernetwork
+
+
+@dataclass(frozen=True)
+class Problem:
+    """min_λ L_Valid(argmin_w L_Train(w, λ)), for K folds at once.
+
+    Parameters
+    ----------
+    train_loss : callable ``(w (K, m, D), lam (m, n), x) -> (K, m)``
+        L_Train; need not be differentiable in λ.
+    valid_loss : callable ``(w (K, 1, D), x) -> (K, 1)``
+        L_Valid; does not depend on λ but through w.
+    train_batches, valid_batches : iterator
+        Endless streams of minibatches x, in whatever form the losses take.
+    low, high : Tensor of shape (n,)
+        Bounds of λ.
+    """
+
+    train_loss: Callable[[Tensor, Tensor, Any], Tensor]
+    valid_loss: Callable[[Tensor, Any], Tensor]
+    train_batches: Iterator[Any]
+    valid_batches: Iterator[Any]
+    low: Tensor
+    high: Tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step did.
+
+    Attributes
+    ----------
+    number : int
+        Counts from 1.
+    train_loss : Tensor of shape () or None
+        L_Train on the minibatch, mean over folds and sampled λ; None if the step did not train φ.
+    valid_loss : Tensor of shape () or None
+        L_Valid on the minibatch at λ̂, mean over folds; None if the step did not move λ̂.
+    """
+
+    number: int
+    train_loss: Tensor | None
+    valid_loss: Tensor | None
+
+
+class ResponseOptimizer(Protocol):
+    """Line 4 of the algorithms: φ ← φ − α ∇_φ L_Train(w_φ(λ), λ, x), given ∂L/∂w at the m sampled weights."""
+
+    def step(self, features: Tensor, G: Tensor) -> None:
+        """Move φ; features (K, m, r) of the sampled λ, G (K, m, D) = ∂L_Train/∂w there."""
+        ...
+
+
+# --- the three algorithms --------------------------------------------------------------------------------------------
+
+
+def joint(
+    problem: Problem,
+    hypernetwork: Hypernetwork,
+    lam_hat: Tensor,
+    phi_optimizer: ResponseOptimizer,
+    lam_optimizer: torch.optim.Optimizer,
+    *,
+    sigma: float,
+    m: int = 2,
+    warmup: int = 0,
+    every: int = 1,
+    generator: torch.Generator,
+) -> Iterator[Step]:
+    """Algorithm 3: hypernetwork and λ̂ together, λ ~ N(λ̂, σ²I).
+
+    Parameters
+    ----------
+    problem : Problem
+    hypernetwork : Hypernetwork
+    lam_hat : Tensor of shape (n,)
+        The current hyperparameters, moved in place.
+    phi_optimizer : ResponseOptimizer
+    lam_optimizer : torch.optim.Optimizer
+        Holds ``lam_hat``.
+    sigma : float
+        Standard deviation of p(λ | λ̂), in units of λ.
+    m : int, default=2
+        Sampled λ per minibatch. An even number is drawn in antithetic pairs λ̂ ± σε on the same minibatch and noise.
+    warmup : int, default=0
+        Steps before λ̂ may move.
+    every : int, default=1
+        λ̂ moves at one step in this many.
+    generator : torch.Generator
+        Draws ε.
+
+    Yields
+    ------
+    Step
+    """
+    number = 0
+    while True:
+        number += 1
+        lam = _inside(_neighbours(lam_hat, sigma, m, generator), problem)  # λ ~ p(λ | λ̂)
+        train = _descend_phi(problem, hypernetwork, phi_optimizer, lam)  # φ ← φ − α ∇_φ L_Train(w_φ(λ), λ, x)
+        valid = None
+        if number > warmup and number % every == 0:
+            valid = _descend_lam(problem, hypernetwork, lam_hat, lam_optimizer)  # λ̂ ← λ̂ − β ∇_λ̂ L_Valid(w_φ(λ̂), x)
+        yield Step(number, train, valid)
+
+
+def simplified(
+    problem: Problem,
+    hypernetwork: Hypernetwork,
+    lam_hat: Tensor,
+    phi_optimizer: ResponseOptimizer,
+    lam_optimizer: torch.optim.Optimizer,
+    *,
+    warmup: int = 0,
+    every: int = 1,
+) -> Iterator[Step]:
+    """Algorithm 4: no sampling; the movement of λ̂ is all that the hypernetwork sees of other λ.
+
+    The parameters are those of :func:`joint`. The centre of the hypernetwork must stay where it is and V must not be
+    zero, or λ̂ would never start to move.
+    """
+    number = 0
+    while True:
+        number += 1
+        train = _descend_phi(problem, hypernetwork, phi_optimizer, lam_hat.detach()[None])  # φ ← φ − α ∇_φ L_Train(w_φ(λ̂), λ̂, x)
+        valid = None
+        if number > warmup and number % every == 0:
+            valid = _descend_lam(problem, hypernetwork, lam_hat, lam_optimizer)  # λ̂ ← λ̂ − β ∇_λ̂ L_Valid(w_φ(λ̂), x)
+        yield Step(number, train, valid)
+
+
+def fit_response(
+    problem: Problem,
+    hypernetwork: Hypernetwork,
+    phi_optimizer: ResponseOptimizer,
+    sample: Callable[[int], Tensor],
+    *,
+    m: int = 2,
+) -> Iterator[Step]:
+    """Algorithm 2, first loop: fit w_φ over a broad p(λ).
+
+    Parameters
+    ----------
+    problem, hypernetwork, phi_optimizer
+        As in :func:`joint`.
+    sample : callable ``m -> Tensor of shape (m, n)``
+        Draws from p(λ).
+    m : int, default=2
+        Sampled λ per minibatch.
+    """
+    number = 0
+    while True:
+        number += 1
+        lam = _inside(sample(m), problem)  # λ ~ p(λ)
+        yield Step(number, _descend_phi(problem, hypernetwork, phi_optimizer, lam), None)  # φ ← φ − α ∇_φ L_Train
+
+
+def descend_response(
+    problem: Problem, hypernetwork: Hypernetwork, lam_hat: Tensor, lam_optimizer: torch.optim.Optimizer
+) -> Iterator[Step]:
+    """Algorithm 2, second loop: descend L_Valid(w_φ(λ̂), x) with φ fixed."""
+    number = 0
+    while True:
+        number += 1
+        yield Step(number, None, _descend_lam(problem, hypernetwork, lam_hat, lam_optimizer))  # λ̂ ← λ̂ − β ∇_λ̂ L_Valid
+
+
+# --- their lines ----------------------------------------------------------------------------------------------------
+
+
+def _neighbours(lam_hat: Tensor, sigma: float, m: int, generator: torch.Generator) -> Tensor:
+    """m draws from N(λ̂, σ²I), as pairs λ̂ ± σε if m is even."""
+    pairs = m if m % 2 else m // 2
+    epsilon = torch.randn(pairs, len(lam_hat), generator=generator, dtype=lam_hat.dtype).to(lam_hat.device)
+    signed = epsilon if m % 2 else torch.cat([epsilon, -epsilon])
+    return lam_hat.detach() + sigma * signed
+
+
+def _inside(lam: Tensor, problem: Problem) -> Tensor:
+    return torch.minimum(torch.maximum(lam, problem.low), problem.high)
+
+
+def _weights(hypernetwork: Hypernetwork, features: Tensor) -> Tensor:
+    """w_φ as a leaf: its gradient G is taken first, and pulled back to φ or λ̂ by the hypernetwork itself."""
+    with torch.no_grad():
+        w = hypernetwork.weights(features)
+    return w.requires_grad_()
+
+
+def _descend_phi(
+    problem: Problem, hypernetwork: Hypernetwork, phi_optimizer: ResponseOptimizer, lam: Tensor
+) -> Tensor:
+    features = hypernetwork.features(lam)
+    w = _weights(hypernetwork, features)
+    loss = problem.train_loss(w, lam, next(problem.train_batches))
+    (G,) = torch.autograd.grad(loss.sum(), w)
+    phi_optimizer.step(features, G)
+    return loss.detach().mean()
+
+
+def _descend_lam(
+    problem: Problem, hypernetwork: Hypernetwork, lam_hat: Tensor, lam_optimizer: torch.optim.Optimizer
+) -> Tensor:
+    lam = lam_hat.detach().requires_grad_()
+    features = hypernetwork.features(lam[None])
+    w = _weights(hypernetwork, features)
+    loss = problem.valid_loss(w, next(problem.valid_batches))
+    (G,) = torch.autograd.grad(loss.mean(), w)
+    (lam_hat.grad,) = torch.autograd.grad(features, lam, hypernetwork.pull_back(features, G))
+    lam_optimizer.step()
+    with torch.no_grad():
+        lam_hat.copy_(_inside(lam_hat, problem))
+    return loss.detach().mean()
+
+
+# --- the optimizers of φ ----------------------------------------------------------------------------------------------
+
+
+class PlainOptimizer:
+    """One torch optimizer for all of φ, as in the paper.
+
+    Parameters
+    ----------
+    hypernetwork : Hypernetwork
+    optimizer : torch.optim.Optimizer
+        Holds all parameters of the hypernetwork.
+    """
+
+    def __init__(self, hypernetwork: Hypernetwork, optimizer: torch.optim.Optimizer):
+        self.hypernetwork = hypernetwork
+        self.optimizer = optimizer
+
+    def step(self, features: Tensor, G: Tensor) -> None:
+        """See :class:`ResponseOptimizer`. The loss is the mean over the m samples."""
+        m = features.shape[1]
+        self.hypernetwork.w0.grad = G.mean(dim=1)
+        self.hypernetwork.V.grad = self.hypernetwork.V_gradient(features.detach(), G) / m
+        _backward_basis(self.hypernetwork, features, G / m)
+        self.optimizer.step()
+
+
+class TangentOptimizer:
+    """w₀ by any torch optimizer, and V by the tangent of that optimizer's own dynamics. The default.
+
+    V has w₀'s preconditioner P (Adam's 1/√v̂; the identity for SGD) and step size α, in normalised form:
+
+        V ← V − α Σ_m (f − f̄) ⊗ P G / (Σ_m ‖f − f̄‖² + 2 · average of Σ_m (f − f̄)²),     f̄ the mean over the m samples
+
+    For the linear hypernetwork and a pair λ̂ ± σε this is α/(|ε|² + 2) · P (g₊ − g₋)/2σ ⊗ ε: an unbiased step of
+    H V + ∂²L/∂w∂λ, the equation whose root is dw*/dλ. It is stable whenever w₀'s training is and does not depend on
+    the scale of f. Subtracting f̄ cancels the noise that the m samples share.
+
+    Parameters
+    ----------
+    hypernetwork : Hypernetwork
+    weight_optimizer : torch.optim.Adam or torch.optim.SGD
+        Holds ``hypernetwork.w0`` alone.
+    basis_optimizer : torch.optim.Optimizer or None
+        Holds the parameters of the basis, if it has any.
+    """
+
+    def __init__(
+        self,
+        hypernetwork: Hypernetwork,
+        weight_optimizer: torch.optim.Optimizer,
+        basis_optimizer: torch.optim.Optimizer | None = None,
+    ):
+        self.hypernetwork = hypernetwork
+        self.weight_optimizer = weight_optimizer
+        self.basis_optimizer = basis_optimizer
+        self._power: Tensor | None = None
+
+    def step(self, features: Tensor, G: Tensor) -> None:
+        """See :class:`ResponseOptimizer`."""
+        hypernetwork = self.hypernetwork
+        hypernetwork.w0.grad = G.mean(dim=1)
+        self.weight_optimizer.step()
+        with torch.no_grad():
+            centred = features - features.mean(dim=1, keepdim=True) if features.shape[1] > 1 else features
+            total = centred.square().sum(dim=(1, 2), keepdim=True)
+            each = total / features.shape[2]
+            if hypernetwork.units is not None:  # one feature per weight: the mean over units stands for ‖f‖²
+                total = each
+            self._power = each if self._power is None else self._power + 0.01 * (each - self._power)
+            step = self._preconditioned(G) * self.weight_optimizer.param_groups[0]["lr"]
+            hypernetwork.move_V(centred, step, total + 2 * self._power + 1e-30)
+        if self.basis_optimizer is not None:
+            _backward_basis(hypernetwork, features, G / features.shape[1])
+            self.basis_optimizer.step()
+
+    def _preconditioned(self, G: Tensor) -> Tensor:
+        state = self.weight_optimizer.state.get(self.hypernetwork.w0, {})
+        if "exp_avg_sq" not in state:
+            return G
+        group = self.weight_optimizer.param_groups[0]
+        correction = 1 - group["betas"][1] ** float(state["step"])
+        scale = (state["exp_avg_sq"] / correction).sqrt_().add_(group["eps"])
+        return G / scale[:, None]
+
+
+def _backward_basis(hypernetwork: Hypernetwork, features: Tensor, G: Tensor) -> None:
+    parameters = list(hypernetwork.basis.parameters())
+    if parameters:
+        gradients = torch.autograd.grad(features, parameters, hypernetwork.pull_back(features, G))
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient

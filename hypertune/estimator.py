@@ -1,0 +1,472 @@
+"""The torch-backed estimators: Algorithm 1's inner loop, one training run at fixed hyperparameters.
+
+They are what ``refit`` fits, what the baselines tune, and what every search of scikit-learn accepts:
+
+>>> from sklearn.datasets import load_iris
+>>> from hypertune import MLP, TorchClassifier
+>>> X, y = load_iris(return_X_y=True)
+>>> model = TorchClassifier(MLP(hidden=(16,)), max_epochs=30, lr=1e-2, random_state=0).fit(X, y)
+>>> model.predict_proba(X[:2]).shape
+(2, 3)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+from torch import Tensor, nn
+
+from hypertune.batches import Minibatches, Rows
+from hypertune.factory import MLP
+from hypertune.modules import Reach
+from hypertune.objective import (
+    CLASSIFICATION_LOSSES,
+    LOSS_HYPERPARAMETERS,
+    REGRESSION_LOSSES,
+    Loss,
+    Objective,
+    custom_or_named,
+)
+from hypertune.randomness import draw_seed, isolated
+
+_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adam": lambda params, lr: torch.optim.Adam(params, lr=lr, fused=True),
+    "sgd": lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9, fused=True),
+}
+_LR_SCHEDULES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
+    "constant": lambda progress: 1.0,
+}
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+_PREDICT_ROWS = 4096
+
+
+class TorchEstimator(BaseEstimator):
+    """What the two estimators share. The parameters are described there."""
+
+    module: Any
+    criterion: Any
+    optimizer: Any
+    lr: float
+    lr_schedule: str
+    batch_size: int
+    max_epochs: int
+    device: str
+    dtype: str
+    random_state: Any
+    verbose: int
+    _losses: Mapping[str, Loss]
+    _checks: Mapping[str, Any]
+    _row_shape: tuple[int, ...]
+    _responses: Sequence[Any] = ()  # best responses to take the weights from, under evaluate="hypernetwork"
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
+        """Train from scratch.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features) or (n_samples, ...)
+        y : array-like of shape (n_samples,) or (n_samples, n_outputs)
+        sample_weight : array-like of shape (n_samples,), optional
+            Weight of each row in the training loss, relative to their mean. Rows of weight zero are left out.
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        ValueError
+            For unusable data or parameters, before any training; and if the training loss is no longer finite.
+        """
+        rows = self._encode(X, y, sample_weight)
+        for response in self._responses:
+            if (known := response.module_for(self, rows)) is not None:
+                self._adopt(known)
+                return self
+        seed = draw_seed(self.random_state)
+        with isolated(seed, self.device):
+            module = self._build_module()
+            objective = self._make_objective(module)
+            self._check_outputs(objective, rows.x[:2])
+            w = nn.Parameter(objective.initial_weights()[None])
+            stream = Minibatches([rows], self.batch_size, seed=seed)
+            self.loss_curve_ = self._train(objective, w, stream)
+        self._adopt(objective.load_into(module, w[0]))
+        return self
+
+    def _train(self, objective: Objective, w: nn.Parameter, stream: Minibatches) -> list[float]:
+        """Algorithm 1, inner loop: w (1, D) descends L_Train(w, λ, x) in place; the mean loss of each epoch."""
+        optimizer, schedule = self._make_optimizer([w], self.max_epochs * stream.steps_per_epoch)
+        curve = []
+        for epoch in range(1, self.max_epochs + 1):
+            total = torch.zeros((), dtype=w.dtype, device=w.device)
+            for _ in range(stream.steps_per_epoch):
+                loss = objective.train_loss(w, {}, next(stream))
+                (w.grad,) = torch.autograd.grad(loss.sum(), w)
+                optimizer.step()
+                schedule.step()
+                total += loss.detach()[0]
+            curve.append(float(total) / stream.steps_per_epoch)
+            if not math.isfinite(curve[-1]):
+                raise ValueError(
+                    f"{type(self).__name__}: the training loss became {curve[-1]} in epoch {epoch} (lr={self.lr}, "
+                    f"{self._loss_values()}). Lower lr, or scale X and y."
+                )
+            if self.verbose:
+                print(f"[{type(self).__name__}] epoch {epoch}/{self.max_epochs}, training loss {curve[-1]:.4f}")
+        return curve
+
+    def __sklearn_clone__(self) -> Self:
+        copy = super().__sklearn_clone__()
+        if "_responses" in vars(self):
+            copy._responses = self._responses
+        return copy
+
+    # --- parts, shared with hyper-training -------------------------------------------------------------------------
+
+    def _encode(self, X: Any, y: Any, sample_weight: Any = None, *, all_y: Any = None) -> Rows:
+        """Check the data, learn what describes them (classes, scales, widths) and return them as tensors.
+
+        The classes are those of ``all_y`` where given: folds that are trained together need the same outputs.
+        """
+        self._check_parameters()
+        X, y = validate_data(self, X, y, **self._checks)
+        self._row_shape = X.shape[1:]
+        weight = None
+        if sample_weight is not None:
+            sample_weight = _check_sample_weight(sample_weight, X, ensure_non_negative=True)
+            kept = sample_weight > 0
+            if not kept.any():
+                raise ValueError("sample_weight is zero for every row.")
+            X, y, sample_weight = X[kept], y[kept], sample_weight[kept]
+            weight = self._tensor(sample_weight)
+        self._learn_targets(y, sample_weight, y if all_y is None else all_y)
+        return Rows(self._tensor(X), self._encode_targets(y), weight)
+
+    def _encode_more(self, X: Any, y: Any, sample_weight: Any = None) -> Rows:
+        """Further rows (a validation fold) under what :meth:`_encode` learned."""
+        X, y = validate_data(self, X, y, **self._checks, reset=False)
+        weight = None if sample_weight is None else self._tensor(_check_sample_weight(sample_weight, X))
+        return Rows(self._tensor(X), self._encode_targets(y), weight)
+
+    def _build_module(self) -> nn.Module:
+        """A fresh module from the factory, on the device; raises TypeError if the factory makes no module."""
+        factory = MLP() if self.module is None else self.module
+        if isinstance(factory, nn.Module) or not callable(factory):
+            raise TypeError(
+                f"{type(self).__name__}(module={self.module!r}): expected a factory (n_features_in, n_outputs) -> nn.Module, "
+                "such as MLP() or model_factory(function); a built module cannot be trained afresh for every fold."
+            )
+        n_features_in = self.n_features_in_ if len(self._row_shape) == 1 else self._row_shape
+        module = factory(n_features_in, self.n_outputs_)
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"The factory {self.module!r} returned {type(module).__name__}, not a torch.nn.Module.")
+        if not any(p.requires_grad for p in module.parameters()):
+            raise ValueError(f"The factory {self.module!r} returned a module without trainable parameters.")
+        return module.to(device=self.device, dtype=_DTYPES[self.dtype])
+
+    def _make_objective(
+        self, module: nn.Module, *, reach: Mapping[str, list[Reach]] | None = None, folds: int = 1
+    ) -> Objective:
+        loss = custom_or_named(self.criterion, self._losses)
+        return Objective(module, loss, fixed=self._loss_values(), reach=reach, folds=folds)
+
+    def _make_optimizer(
+        self, params: list[nn.Parameter], steps: int
+    ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        """The estimator's optimizer and its schedule over a run of so many steps."""
+        make = _OPTIMIZERS[self.optimizer] if isinstance(self.optimizer, str) else self.optimizer
+        optimizer = make(params, lr=self.lr)
+        schedule = _LR_SCHEDULES[self.lr_schedule]
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(min(step / steps, 1.0)))
+
+    def _check_outputs(self, objective: Objective, x: Tensor) -> None:
+        outputs = objective.predict(objective.initial_weights()[None], x[None])[0]
+        if outputs.shape != (len(x), self.n_outputs_):
+            raise ValueError(
+                f"The module of {self.module!r} maps {len(x)} rows to shape {tuple(outputs.shape)}; expected "
+                f"({len(x)}, {self.n_outputs_}): one column per {'class' if isinstance(self, ClassifierMixin) else 'output'}."
+            )
+
+    def _adopt(self, module: nn.Module) -> None:
+        """Become a fitted estimator around a trained module."""
+        self.module_ = module.eval().requires_grad_(False)
+        self.n_iter_ = self.max_epochs
+
+    def _loss_values(self) -> dict[str, float]:
+        return {name: float(getattr(self, name)) for name in LOSS_HYPERPARAMETERS if hasattr(self, name)}
+
+    def _check_parameters(self) -> None:
+        name = type(self).__name__
+        for parameter, (low, high) in LOSS_HYPERPARAMETERS.items():
+            value = getattr(self, parameter, 0.0)
+            if not low <= value <= high:
+                raise ValueError(f"{name}({parameter}={value!r}): must lie in [{low:g}, {high:g}].")
+        for parameter, minimum in (("batch_size", 1), ("max_epochs", 1)):
+            value = getattr(self, parameter)
+            if not isinstance(value, (int, np.integer)) or value < minimum:
+                raise ValueError(f"{name}({parameter}={value!r}): must be an integer of at least {minimum}.")
+        if not self.lr > 0:
+            raise ValueError(f"{name}(lr={self.lr!r}): must be positive.")
+        for parameter, choices in (("lr_schedule", _LR_SCHEDULES), ("dtype", _DTYPES)):
+            if getattr(self, parameter) not in choices:
+                raise ValueError(f"{name}({parameter}={getattr(self, parameter)!r}): choose one of {sorted(choices)}.")
+        if not callable(self.optimizer) and self.optimizer not in _OPTIMIZERS:
+            raise ValueError(
+                f"{name}(optimizer={self.optimizer!r}): choose one of {sorted(_OPTIMIZERS)} or give a callable (params, lr=...)."
+            )
+        custom_or_named(self.criterion, self._losses)
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        """A private copy as a tensor of the estimator's dtype on its device."""
+        contiguous = np.array(array, dtype=np.dtype(self.dtype), order="C")
+        return torch.from_numpy(contiguous).to(self.device)
+
+    def _outputs(self, X: Any) -> np.ndarray:
+        """Raw outputs of the fitted module, (n_samples, n_outputs)."""
+        check_is_fitted(self, "module_")
+        X = validate_data(self, X, dtype="numeric", allow_nd=True, reset=False)
+        with torch.no_grad():
+            parts = [self.module_(self._tensor(X[i : i + _PREDICT_ROWS])) for i in range(0, len(X), _PREDICT_ROWS)]
+        return torch.cat(parts).cpu().double().numpy()
+
+    def _learn_targets(self, y: np.ndarray, sample_weight: np.ndarray | None, all_y: Any) -> None:
+        raise NotImplementedError
+
+    def _encode_targets(self, y: np.ndarray) -> Tensor:
+        raise NotImplementedError
+
+
+class TorchClassifier(ClassifierMixin, TorchEstimator):
+    """A torch classifier with scikit-learn's manners, trained from scratch by minibatches.
+
+    Parameters
+    ----------
+    module : callable, default=None
+        Model factory ``(n_features_in, n_outputs) -> nn.Module`` with one output (logit) per class. None means
+        :class:`MLP` with its defaults. For input of more than two dimensions, n_features_in is the shape of one row.
+    criterion : {"cross_entropy", "squared_error"} or callable, default="cross_entropy"
+        Loss, mean over rows. "squared_error" is against one-hot targets, mean over classes. A callable or a loss class
+        such as ``torch.nn.CrossEntropyLoss`` gets logits (B, C) and class numbers (B,).
+    weight_decay : float, default=0.0
+        Adds ½ · weight_decay · ‖w‖² to the training loss, over weights of two or more dimensions.
+    l1 : float, default=0.0
+        Adds l1 · ‖w‖₁, over the same weights.
+    input_noise : float, default=0.0
+        Standard deviation of Gaussian noise added to the inputs in training.
+    label_smoothing : float, default=0.0
+        Probability mass of the target that is spread evenly over the classes, in [0, 1].
+    optimizer : {"adam", "sgd"} or callable, default="adam"
+        "sgd" has momentum 0.9. A callable gets (params, lr=...) and returns a torch optimizer.
+    lr : float, default=1e-3
+        Learning rate at the start.
+    lr_schedule : {"cosine", "constant"}, default="cosine"
+        How the learning rate changes over the run; "cosine" ends at zero.
+    batch_size : int, default=64
+        Rows of a minibatch; all rows if there are fewer.
+    max_epochs : int, default=60
+        Passes through the data.
+    device : str, default="cpu"
+        Torch device that holds data and model.
+    dtype : {"float32", "float64"}, default="float32"
+        Precision of data and model.
+    random_state : int, RandomState instance or None, default=None
+        Seeds initial weights, minibatch order and noise. None takes fresh entropy from the operating system. Global
+        random states are never touched.
+    verbose : int, default=0
+        If positive, one line per epoch.
+
+    Attributes
+    ----------
+    classes_ : ndarray of shape (n_classes,)
+        Class labels.
+    module_ : nn.Module
+        The trained module, in eval mode.
+    loss_curve_ : list of float
+        Mean training loss of each epoch, penalties included.
+    n_iter_ : int
+        Epochs trained.
+    n_outputs_ : int
+        Width of the module's output: the number of classes.
+    n_features_in_ : int
+        Number of features seen during fit.
+    feature_names_in_ : ndarray of shape (n_features_in_,)
+        Names of the features, if X had string column names.
+    """
+
+    _losses = CLASSIFICATION_LOSSES
+    _checks: Mapping[str, Any] = {"allow_nd": True}
+
+    def __init__(
+        self,
+        module: Any = None,
+        *,
+        criterion: Any = "cross_entropy",
+        weight_decay: float = 0.0,
+        l1: float = 0.0,
+        input_noise: float = 0.0,
+        label_smoothing: float = 0.0,
+        optimizer: Any = "adam",
+        lr: float = 1e-3,
+        lr_schedule: str = "cosine",
+        batch_size: int = 64,
+        max_epochs: int = 60,
+        device: str = "cpu",
+        dtype: str = "float32",
+        random_state: Any = None,
+        verbose: int = 0,
+    ):
+        self.module = module
+        self.criterion = criterion
+        self.weight_decay = weight_decay
+        self.l1 = l1
+        self.input_noise = input_noise
+        self.label_smoothing = label_smoothing
+        self.optimizer = optimizer
+        self.lr = lr
+        self.lr_schedule = lr_schedule
+        self.batch_size = batch_size
+        self.max_epochs = max_epochs
+        self.device = device
+        self.dtype = dtype
+        self.random_state = random_state
+        self.verbose = verbose
+
+    def _learn_targets(self, y: np.ndarray, sample_weight: np.ndarray | None, all_y: Any) -> None:
+        check_classification_targets(y)
+        self.classes_ = np.unique(all_y)
+        self.n_outputs_ = len(self.classes_)
+        if self.n_outputs_ < 2:
+            raise ValueError(
+                f"{type(self).__name__} needs samples of at least 2 classes, but the data contains only one class: "
+                f"{self.classes_[0]!r}."
+            )
+
+    def _encode_targets(self, y: np.ndarray) -> Tensor:
+        codes = np.searchsorted(self.classes_, y).clip(0, len(self.classes_) - 1)
+        if (unseen := self.classes_[codes] != y).any():
+            raise ValueError(f"y holds the classes {np.unique(y[unseen])}, which the training rows do not.")
+        return torch.from_numpy(codes.astype(np.int64)).to(self.device)
+
+    def predict_log_proba(self, X: Any) -> np.ndarray:
+        """Log of the class probabilities, (n_samples, n_classes)."""
+        outputs = torch.from_numpy(self._outputs(X))
+        if self.criterion == "squared_error":  # the outputs are probabilities already, up to their error
+            outputs = outputs.clamp(min=1e-7).log()
+        return torch.log_softmax(outputs, dim=1).numpy()
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """Class probabilities, (n_samples, n_classes): the softmax of the module's outputs.
+
+        Under ``criterion="squared_error"`` the outputs themselves, clipped at zero and normalised.
+        """
+        return np.exp(self.predict_log_proba(X))
+
+    def predict(self, X: Any) -> np.ndarray:
+        """Most probable class of each row, (n_samples,)."""
+        outputs = self._outputs(X)
+        return self.classes_[outputs.argmax(axis=1)]
+
+
+class TorchRegressor(RegressorMixin, TorchEstimator):
+    """A torch regressor with scikit-learn's manners, trained from scratch by minibatches.
+
+    Targets are standardised (weighted mean 0, standard deviation 1 per output) for training and mapped back in
+    ``predict``: losses, and the hyperparameters that trade against them, are in units of the target's variance.
+
+    Parameters
+    ----------
+    module : callable, default=None
+        Model factory ``(n_features_in, n_outputs) -> nn.Module``. None means :class:`MLP` with its defaults. For input
+        of more than two dimensions, n_features_in is the shape of one row.
+    criterion : {"squared_error", "absolute_error"} or callable, default="squared_error"
+        Loss, mean over outputs and rows. A callable or a loss class such as ``torch.nn.HuberLoss`` gets outputs and
+        targets, both (B, n_outputs).
+    weight_decay, l1, input_noise : float, default=0.0
+        As in :class:`TorchClassifier`.
+    optimizer, lr, lr_schedule, batch_size, max_epochs, device, dtype, random_state, verbose
+        As in :class:`TorchClassifier`.
+
+    Attributes
+    ----------
+    module_ : nn.Module
+        The trained module, in eval mode; its outputs are standardised targets.
+    loss_curve_ : list of float
+        Mean training loss of each epoch, penalties included.
+    n_iter_ : int
+        Epochs trained.
+    n_outputs_ : int
+        Number of targets.
+    n_features_in_ : int
+        Number of features seen during fit.
+    feature_names_in_ : ndarray of shape (n_features_in_,)
+        Names of the features, if X had string column names.
+    """
+
+    _losses = REGRESSION_LOSSES
+    _checks: Mapping[str, Any] = {"allow_nd": True, "multi_output": True, "y_numeric": True}
+
+    def __init__(
+        self,
+        module: Any = None,
+        *,
+        criterion: Any = "squared_error",
+        weight_decay: float = 0.0,
+        l1: float = 0.0,
+        input_noise: float = 0.0,
+        optimizer: Any = "adam",
+        lr: float = 1e-3,
+        lr_schedule: str = "cosine",
+        batch_size: int = 64,
+        max_epochs: int = 60,
+        device: str = "cpu",
+        dtype: str = "float32",
+        random_state: Any = None,
+        verbose: int = 0,
+    ):
+        self.module = module
+        self.criterion = criterion
+        self.weight_decay = weight_decay
+        self.l1 = l1
+        self.input_noise = input_noise
+        self.optimizer = optimizer
+        self.lr = lr
+        self.lr_schedule = lr_schedule
+        self.batch_size = batch_size
+        self.max_epochs = max_epochs
+        self.device = device
+        self.dtype = dtype
+        self.random_state = random_state
+        self.verbose = verbose
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.single_output = True
+        tags.target_tags.multi_output = True
+        return tags
+
+    def _learn_targets(self, y: np.ndarray, sample_weight: np.ndarray | None, all_y: Any) -> None:
+        y = np.asarray(y, dtype=np.float64)
+        columns = y.reshape(len(y), -1)
+        self._target_shape = y.shape[1:]
+        self.n_outputs_ = columns.shape[1]
+        self._target_mean = np.average(columns, axis=0, weights=sample_weight)
+        scale = np.sqrt(np.average((columns - self._target_mean) ** 2, axis=0, weights=sample_weight))
+        self._target_scale = np.where(scale > 10 * np.finfo(np.float64).eps * np.abs(self._target_mean), scale, 1.0)
+
+    def _encode_targets(self, y: np.ndarray) -> Tensor:
+        columns = np.asarray(y, dtype=np.float64).reshape(len(y), -1)
+        return self._tensor((columns - self._target_mean) / self._target_scale)
+
+    def predict(self, X: Any) -> np.ndarray:
+        """Predicted targets, (n_samples,) or (n_samples, n_outputs) as in fit."""
+        outputs = self._outputs(X) * self._target_scale + self._target_mean
+        return outputs.reshape(len(outputs), *self._target_shape)

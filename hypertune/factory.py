@@ -1,0 +1,174 @@
+"""Model factories: what ``TorchClassifier(module=...)`` calls to build a fresh ``nn.Module``.
+
+A factory is any callable ``(n_features_in, n_outputs) -> nn.Module``. To be searchable, its keywords must be
+scikit-learn parameters (``module__dropout``), which :class:`MLP` has and :func:`model_factory` gives to a function:
+
+>>> from torch import nn
+>>> @model_factory
+... def small_net(n_features_in, n_outputs, *, width=16, dropout=0.1):
+...     return nn.Sequential(nn.Linear(n_features_in, width), nn.ReLU(), nn.Dropout(dropout),
+...                          nn.Linear(width, n_outputs))
+>>> small_net.get_params()
+{'width': 16, 'dropout': 0.1}
+>>> small_net(4, 3)[0]
+Linear(in_features=4, out_features=16, bias=True)
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sklearn.base import BaseEstimator
+from torch import nn
+
+_ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "tanh": nn.Tanh,
+}
+
+
+class MLP(BaseEstimator):
+    """Factory of multilayer perceptrons: Linear, activation and Dropout for each hidden layer, then Linear.
+
+    Parameters
+    ----------
+    hidden : sequence of int, default=(64, 64)
+        Units of each hidden layer; empty for a linear model.
+    dropout : float, default=0.0
+        Dropout rate after every hidden layer. Tunable as ``module__dropout``.
+    input_dropout : float, default=0.0
+        Dropout rate on the inputs. Tunable as ``module__input_dropout``.
+    activation : {"relu", "gelu", "silu", "tanh"}, default="relu"
+        Nonlinearity of the hidden layers.
+    """
+
+    def __init__(
+        self,
+        hidden: Sequence[int] = (64, 64),
+        dropout: float = 0.0,
+        input_dropout: float = 0.0,
+        activation: str = "relu",
+    ):
+        self.hidden = hidden
+        self.dropout = dropout
+        self.input_dropout = input_dropout
+        self.activation = activation
+
+    def __call__(self, n_features_in: int, n_outputs: int) -> nn.Module:
+        """Build the network; raises ValueError for an unknown activation."""
+        if self.activation not in _ACTIVATIONS:
+            raise ValueError(f"MLP(activation={self.activation!r}): choose one of {sorted(_ACTIVATIONS)}.")
+        layers: list[nn.Module] = [nn.Dropout(self.input_dropout)]
+        width = n_features_in
+        for units in self.hidden:
+            layers += [nn.Linear(width, units), _ACTIVATIONS[self.activation](), nn.Dropout(self.dropout)]
+            width = units
+        return nn.Sequential(*layers, nn.Linear(width, n_outputs))
+
+
+class ModelFactory:
+    """A function or class ``(n_features_in, n_outputs, *, ...) -> nn.Module`` whose keywords are parameters.
+
+    Made by :func:`model_factory`. Works with scikit-learn's ``get_params``, ``set_params`` and ``clone``.
+    """
+
+    def __init__(self, function: Callable[..., nn.Module], **params: Any):
+        defaults = _keyword_defaults(function)
+        if unknown := sorted(set(params) - set(defaults)):
+            raise TypeError(f"{_name(function)} has no keyword {unknown}; it has {sorted(defaults)}.")
+        self.function = function
+        self._params = defaults | params
+
+    def __call__(self, n_features_in: int, n_outputs: int) -> nn.Module:
+        """Build the model with the current keywords."""
+        return self.function(n_features_in, n_outputs, **self._params)
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """The function's keywords and their current values."""
+        return dict(self._params)
+
+    def set_params(self, **params: Any) -> ModelFactory:
+        """Set keywords; raises ValueError for one that the function does not have."""
+        if unknown := sorted(set(params) - set(self._params)):
+            raise ValueError(
+                f"Invalid parameter {unknown[0]!r} for factory {_name(self.function)}. "
+                f"Valid parameters are: {sorted(self._params)}."
+            )
+        self._params |= params
+        return self
+
+    def __sklearn_clone__(self) -> ModelFactory:
+        return ModelFactory(self.function, **copy.deepcopy(self._params))
+
+    def __repr__(self) -> str:
+        keywords = "".join(f", {k}={v!r}" for k, v in self._params.items())
+        return f"model_factory({_name(self.function)}{keywords})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A decorated function is found under its own name only as the factory that replaced it.
+        if isinstance(_lookup(self.function), ModelFactory):
+            return _from_decorated, (self.function.__module__, self.function.__qualname__, self._params)
+        return _from_function, (self.function, self._params)
+
+
+def model_factory(function: Callable[..., nn.Module], **params: Any) -> ModelFactory:
+    """Turn a function or class into a model factory whose keywords are ``module__…`` parameters.
+
+    Parameters
+    ----------
+    function : callable ``(n_features_in, n_outputs, *, ...) -> nn.Module``
+        A function, or an ``nn.Module`` subclass whose constructor has this signature. Every keyword needs a default.
+    **params
+        Values other than the defaults.
+
+    Returns
+    -------
+    ModelFactory
+        Also usable as a decorator.
+
+    Raises
+    ------
+    TypeError
+        If ``function`` is an ``nn.Module`` instance, takes no two positional arguments, or has a keyword without default.
+    """
+    return ModelFactory(function, **params)
+
+
+def _keyword_defaults(function: Callable[..., nn.Module]) -> dict[str, Any]:
+    if isinstance(function, nn.Module) or not callable(function):
+        raise TypeError(
+            f"model_factory expects a function or class (n_features_in, n_outputs, *, ...) -> nn.Module, got {function!r}. "
+            "A built module cannot be trained afresh for every fold: wrap what builds it."
+        )
+    parameters = list(inspect.signature(function).parameters.values())
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(positional) < 2:
+        raise TypeError(f"{_name(function)} must take (n_features_in, n_outputs) as its first two arguments.")
+    keywords = [p for p in parameters if p.kind is p.KEYWORD_ONLY] + positional[2:]
+    if missing := [p.name for p in keywords if p.default is p.empty]:
+        raise TypeError(f"{_name(function)}: the keywords {missing} need a default value.")
+    return {p.name: p.default for p in keywords}
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return getattr(function, "__qualname__", repr(function))
+
+
+def _lookup(function: Callable[..., Any]) -> Any:
+    module = importlib.import_module(function.__module__)
+    return getattr(module, getattr(function, "__qualname__", ""), None)
+
+
+def _from_decorated(module: str, qualname: str, params: dict[str, Any]) -> ModelFactory:
+    decorated: ModelFactory = getattr(importlib.import_module(module), qualname)
+    return _from_function(decorated.function, params)
+
+
+def _from_function(function: Callable[..., nn.Module], params: dict[str, Any]) -> ModelFactory:
+    return ModelFactory(function, **params)

@@ -1,0 +1,118 @@
+"""The user's module, made tunable without a change to it: where a factory keyword arrives, and dropout by tensor.
+
+A keyword such as ``dropout`` of ``MLP(dropout=...)`` sets numbers inside the module it builds. :func:`find_reach`
+builds the module at three values of the keyword and sees which numbers move; during hyper-training those numbers, in
+*our* copy of the module, are set to each model's own value before every forward pass.
+
+>>> find_reach(lambda rate: nn.Sequential(nn.Linear(2, 2), nn.Dropout(rate / 2)), 0.0, 0.8)
+[Reach(path='1', name='p', a=0.0, b=0.5)]
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Value = float | Tensor
+
+
+def is_zero(value: Value) -> bool:
+    """Whether a hyperparameter is switched off for good: a plain 0, not a tensor that happens to be 0."""
+    return not isinstance(value, Tensor) and value == 0
+
+
+
+class TensorDropout(nn.Module):
+    """``nn.Dropout`` (or 1d/2d/3d) with a rate that may be a tensor, in place of it in our copy of the module.
+
+    The uniform noise is compared with the rate, so models that share the noise and differ in the rate differ only
+    where the rates do: the common random numbers of the antithetic pairs.
+    """
+
+    def __init__(self, p: Value, channelwise: bool):
+        super().__init__()
+        self.p = p
+        self.channelwise = channelwise
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or is_zero(self.p):
+            return x
+        cells = x[(..., *(slice(0, 1),) * (x.dim() - 2))] if self.channelwise else x
+        keep = torch.rand_like(cells) >= self.p
+        return x * keep / (1 - self.p)
+
+
+_STOCK_DROPOUT = {nn.Dropout: False, nn.Dropout1d: True, nn.Dropout2d: True, nn.Dropout3d: True}
+
+
+def with_tensor_dropout(module: nn.Module) -> nn.Module:
+    """A copy of the module in which every stock dropout accepts a tensor as its rate."""
+    module = copy.deepcopy(module)
+    if type(module) in _STOCK_DROPOUT:
+        return TensorDropout(module.p, _STOCK_DROPOUT[type(module)])  # type: ignore[index, arg-type]
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) in _STOCK_DROPOUT:
+                setattr(parent, name, TensorDropout(child.p, _STOCK_DROPOUT[type(child)]))  # type: ignore[arg-type]
+    return module
+
+
+# --- where a factory keyword arrives in the module ---------------------------------------------------------------------
+
+
+class Reach(NamedTuple):
+    """A number in the module that a factory keyword sets: attribute ``name`` of submodule ``path``, at ``a + b·value``."""
+
+    path: str
+    name: str
+    a: float
+    b: float
+
+
+def find_reach(build: Callable[[float], nn.Module], low: float, high: float) -> list[Reach]:
+    """Find every number in the module that depends on a keyword, by building it at three values.
+
+    Parameters
+    ----------
+    build : callable
+        Keyword value → freshly built module.
+    low, high : float
+        Two values that the keyword may take.
+
+    Raises
+    ------
+    ValueError
+        If the keyword reaches nothing, changes the architecture, or a number depends on it in a way that is not affine.
+    """
+    probes = (low, (low + high) / 2, high)
+    modules = [build(value) for value in probes]
+    shapes = [[(k, tuple(p.shape)) for k, p in m.named_parameters()] for m in modules]
+    if not shapes[0] == shapes[1] == shapes[2]:
+        raise ValueError("it changes the architecture, not a rate, so there is no gradient to follow")
+    numbers = [_numbers(m) for m in modules]
+    reach = []
+    for path, name in numbers[0]:
+        y0, y1, y2 = (float(n.get((path, name), math.nan)) for n in numbers)
+        if y0 == y1 == y2 or math.isnan(y0 + y1 + y2):
+            continue
+        if not math.isclose(y1, (y0 + y2) / 2, rel_tol=1e-6, abs_tol=1e-12):
+            raise ValueError(f"it sets {path}.{name} to a function of it that is not affine")
+        b = (y2 - y0) / (high - low)
+        reach.append(Reach(path, name, y0 - b * low, b))
+    if not reach:
+        raise ValueError("it reaches nothing in the model: no number that the forward pass reads depends on it")
+    return reach
+
+
+def _numbers(module: nn.Module) -> dict[tuple[str, str], float]:
+    return {
+        (path, name): value
+        for path, sub in module.named_modules()
+        for name, value in vars(sub).items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and not name.startswith("_")
+    }

@@ -1,0 +1,319 @@
+"""The two losses of the bilevel problem: L_Train(w, λ, x) and L_Valid(w, x), as functions of flat weights w.
+
+``M`` models share one module and one pass: weights are a matrix (M, D), and hyperparameters are tensors (M,), so
+that every model has its own weights *and* its own weight decay, dropout rate, ... The training loss of one model is
+
+    mean over rows of  s · ℓ(f_w(x + noise · ε), smoothed y)  +  ½ · weight_decay · ‖w‖²  +  l1 · ‖w‖₁
+
+where ‖·‖ runs over the weights of two or more dimensions (biases are free), as it does in
+``torch.optim.SGD(weight_decay=...)`` with the biases left out. The validation loss is the first term alone, without
+noise, dropout or smoothing.
+
+>>> import torch
+>>> from torch import nn
+>>> objective = Objective(nn.Linear(3, 2), cross_entropy)
+>>> w = objective.initial_weights()
+>>> batch = Batch(torch.zeros(1, 5, 3), torch.zeros(1, 5, dtype=torch.long))
+>>> tuple(w.shape), tuple(objective.valid_loss(w[None], batch).shape)
+((8,), (1,))
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from hypertune.batches import Batch
+from hypertune.modules import Reach, Value, is_zero, with_tensor_dropout
+
+Loss = Callable[[Tensor, Tensor, Value], Tensor]
+
+# Hyperparameters of the loss itself, with the interval in which each has a meaning.
+LOSS_HYPERPARAMETERS: dict[str, tuple[float, float]] = {
+    "weight_decay": (0.0, math.inf),
+    "l1": (0.0, math.inf),
+    "input_noise": (0.0, math.inf),
+    "label_smoothing": (0.0, 1.0),
+}
+
+
+# --- per-row losses: (outputs, targets, label smoothing) -> one number per row; smoothing broadcasts over rows --------
+
+
+def cross_entropy(outputs: Tensor, y: Tensor, smoothing: Value = 0.0) -> Tensor:
+    """Cross-entropy in nats; outputs (..., B, C), class numbers y (..., B) → (..., B)."""
+    log_p = F.log_softmax(outputs, dim=-1)
+    nll = -log_p.gather(-1, y[..., None])[..., 0]
+    if is_zero(smoothing):
+        return nll
+    return (1 - smoothing) * nll - smoothing * log_p.mean(dim=-1)
+
+
+def one_hot_squared_error(outputs: Tensor, y: Tensor, smoothing: Value = 0.0) -> Tensor:
+    """Squared error against one-hot targets, mean over the C outputs; (..., B, C), (..., B) → (..., B)."""
+    classes = outputs.shape[-1]
+    target = F.one_hot(y, classes).to(outputs.dtype)
+    if not is_zero(smoothing):
+        smoothing = smoothing[..., None] if isinstance(smoothing, Tensor) else smoothing
+        target = (1 - smoothing) * target + smoothing / classes
+    return (outputs - target).square().mean(dim=-1)
+
+
+def squared_error(outputs: Tensor, y: Tensor, smoothing: Value = 0.0) -> Tensor:
+    """Squared error, mean over outputs; (..., B, outputs) twice → (..., B)."""
+    return (outputs - y).square().mean(dim=-1)
+
+
+def absolute_error(outputs: Tensor, y: Tensor, smoothing: Value = 0.0) -> Tensor:
+    """Absolute error, mean over outputs; (..., B, outputs) twice → (..., B)."""
+    return (outputs - y).abs().mean(dim=-1)
+
+
+CLASSIFICATION_LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy, "squared_error": one_hot_squared_error}
+REGRESSION_LOSSES: dict[str, Loss] = {"squared_error": squared_error, "absolute_error": absolute_error}
+
+
+@dataclass(frozen=True)
+class CustomLoss:
+    """A user's ``criterion(outputs, targets)`` as a per-row loss.
+
+    A criterion that returns one number per row is used as it is; one that returns the batch mean is repeated over the
+    rows, which is the same training loss as long as rows carry no weights.
+    """
+
+    criterion: Callable[[Tensor, Tensor], Tensor]
+
+    def __call__(self, outputs: Tensor, y: Tensor, smoothing: Value = 0.0) -> Tensor:
+        if not is_zero(smoothing):
+            raise ValueError("label_smoothing needs criterion='cross_entropy' or 'squared_error', not a callable.")
+        loss = self.criterion(outputs, y)
+        rows = y.shape[0]
+        if loss.shape not in ((), (rows,)):
+            raise ValueError(
+                f"criterion {self.criterion!r} returned shape {tuple(loss.shape)} for {rows} rows; "
+                f"return one number per row, shape ({rows},), or their mean."
+            )
+        return loss.expand(rows)
+
+
+# --- the objective ---------------------------------------------------------------------------------------------------
+
+
+class Objective:
+    """Training and validation loss of M stacked copies of a module.
+
+    Parameters
+    ----------
+    module : nn.Module
+        Copied, never changed. Parameters with ``requires_grad=False`` stay as they are and are not part of w.
+    loss : callable ``(outputs, targets, smoothing) -> per-row loss``
+        See :data:`CLASSIFICATION_LOSSES`, :data:`REGRESSION_LOSSES` and :class:`CustomLoss`.
+    fixed : mapping from str to float, optional
+        Values of the hyperparameters of the loss that are not tuned; zero if absent.
+    reach : mapping from str to list of Reach, optional
+        For every tuned factory keyword, the numbers in the module that it sets.
+    folds : int, default=1
+        K: the M models of a pass are K folds times M/K weights each. Buffers (running statistics) are kept per fold.
+
+    Attributes
+    ----------
+    D : int
+        Number of trained weights.
+    stacked : bool
+        Whether M models share one vmapped pass. Set to False by :meth:`try_stacking` for modules that cannot.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        loss: Loss,
+        *,
+        fixed: Mapping[str, float] | None = None,
+        reach: Mapping[str, list[Reach]] | None = None,
+        folds: int = 1,
+    ):
+        self.loss = loss
+        self.fixed = dict(fixed or {})
+        self.reach = dict(reach or {})
+        self.stacked = True
+        self._modules = {training: with_tensor_dropout(module).train(training) for training in (True, False)}
+        parameters = {k: p.detach().clone() for k, p in module.named_parameters() if p.requires_grad}
+        self._initial = parameters
+        self._shapes = {k: p.shape for k, p in parameters.items()}
+        self._sizes = [p.numel() for p in parameters.values()]
+        self._constants = {k: p.detach() for k, p in module.named_parameters() if not p.requires_grad}
+        self._buffers = [{k: b.detach().clone() for k, b in module.named_buffers()} for _ in range(folds)]
+        self.D = sum(self._sizes)
+        self._penalised = torch.cat(
+            [torch.full((p.numel(),), float(p.dim() > 1), dtype=p.dtype, device=p.device) for p in parameters.values()]
+            or [torch.zeros(0)]
+        )
+
+    # flat w ⇄ named parameters
+
+    def initial_weights(self) -> Tensor:
+        """The module's own parameters as one vector, shape (D,)."""
+        return torch.cat([p.reshape(-1) for p in self._initial.values()])
+
+    def named(self, w: Tensor) -> dict[str, Tensor]:
+        """Weights (..., D) → views by parameter name, each (..., *shape)."""
+        lead = w.shape[:-1]
+        pieces = w.split(self._sizes, dim=-1)
+        return {k: piece.view(*lead, *s) for (k, s), piece in zip(self._shapes.items(), pieces, strict=True)}
+
+    def units(self) -> Tensor:
+        """For each weight the number of the output unit (row of its parameter) it belongs to, shape (D,)."""
+        rows, start = [], 0
+        for shape, size in zip(self._shapes.values(), self._sizes, strict=True):
+            n_rows = shape[0] if shape else 1
+            rows.append(start + torch.arange(n_rows).repeat_interleave(size // max(n_rows, 1)))
+            start += n_rows
+        return torch.cat(rows)
+
+    def load_into(self, module: nn.Module, w: Tensor, fold: int = 0) -> nn.Module:
+        """Copy one model's weights w (D,) and its fold's buffers into a module of the same architecture."""
+        state = {**self._buffers[fold], **self._constants, **self.named(w.detach())}
+        with torch.no_grad():
+            for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+                if name in state:
+                    tensor.copy_(state[name])
+        return module
+
+    # the two losses
+
+    def train_loss(self, w: Tensor, values: Mapping[str, Value], batch: Batch) -> Tensor:
+        """Training loss of each model.
+
+        Parameters
+        ----------
+        w : Tensor of shape (M, D)
+        values : mapping from str to Tensor of shape (M,) or float
+            Hyperparameters by name; those missing are taken from ``fixed``.
+        batch : Batch of M × B rows
+
+        Returns
+        -------
+        Tensor of shape (M,)
+            Mean over the B rows, plus the penalties.
+        """
+        values = {**self.fixed, **values}
+        x = batch.x
+        noise = values.get("input_noise", 0.0)
+        if not is_zero(noise):
+            # One draw for all models: common random numbers.
+            x = x + _column(noise, x) * torch.randn(x.shape[1:], dtype=x.dtype, device=x.device)
+        outputs = self._outputs(w, x, values, training=True)
+        loss = self._mean_loss(outputs, batch, values.get("label_smoothing", 0.0))
+        weight_decay, l1 = values.get("weight_decay", 0.0), values.get("l1", 0.0)
+        if not is_zero(weight_decay):
+            loss = loss + 0.5 * weight_decay * (w * self._penalised * w).sum(dim=-1)
+        if not is_zero(l1):
+            loss = loss + l1 * (w.abs() * self._penalised).sum(dim=-1)
+        return loss
+
+    def valid_loss(self, w: Tensor, batch: Batch, *, fold: int | None = None) -> Tensor:
+        """Validation loss of each model, (M, D) → (M,): mean over rows, no noise, no penalty, module in eval mode.
+
+        ``fold`` says whose buffers to use if all M models belong to one fold.
+        """
+        return self._mean_loss(self._outputs(w, batch.x, {}, training=False, fold=fold), batch, 0.0)
+
+    def predict(self, w: Tensor, x: Tensor) -> Tensor:
+        """Outputs in eval mode: w (M, D), x (M, B, ...) → (M, B, outputs)."""
+        return self._outputs(w, x, {}, training=False)
+
+    def try_stacking(self, x: Tensor, values: Mapping[str, float]) -> None:
+        """Find out whether the module works under vmap; otherwise fall back to a loop over models, with a warning.
+
+        Parameters
+        ----------
+        x : Tensor of shape (B, ...)
+            A few rows.
+        values : mapping from str to float
+            A setting of the tuned hyperparameters.
+        """
+        if self._buffers[0]:  # running statistics are written in place, which vmap cannot do
+            self.stacked = False
+            return
+        w = self.initial_weights().expand(2, -1)
+        tensors = {k: w.new_tensor([v, v]) for k, v in values.items()}
+        try:
+            for training in (True, False):
+                self._outputs(w, x.expand(2, *x.shape), tensors, training=training)
+        except Exception as error:
+            self.stacked = False
+            warnings.warn(
+                f"The folds are trained one after the other: {type(self._modules[True]).__name__} does not work under "
+                f"torch.func.vmap ({str(error).splitlines()[0]}).",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def _mean_loss(self, outputs: Tensor, batch: Batch, smoothing: Value) -> Tensor:
+        if isinstance(self.loss, CustomLoss):  # may return a mean: one model at a time
+            per_row = torch.stack([self.loss(o, y, smoothing) for o, y in zip(outputs, batch.y, strict=True)])
+        else:
+            if isinstance(smoothing, Tensor):
+                smoothing = smoothing[:, None]
+            per_row = self.loss(outputs, batch.y, smoothing)
+        if batch.weight is not None:
+            per_row = per_row * batch.weight
+        return per_row.mean(dim=1)
+
+    def _outputs(
+        self, w: Tensor, x: Tensor, values: Mapping[str, Value], *, training: bool, fold: int | None = None
+    ) -> Tensor:
+        rates = {name: values[name] for name in self.reach if name in values}
+        if len(w) > 1 and self.stacked:
+            tensors = {k: torch.as_tensor(v, dtype=w.dtype, device=w.device).expand(len(w)) for k, v in rates.items()}
+            forward = partial(self._forward, training=training, fold=0)
+            return vmap(forward, randomness="same")(self.named(w), tensors, x)
+        outputs, noise = [], torch.get_rng_state()
+        for i in range(len(w)):
+            torch.set_rng_state(noise)  # the same noise for every model, as in the stacked pass
+            named = {k: p[i] for k, p in self.named(w).items()}
+            numbers = {k: float(v[i] if isinstance(v, Tensor) and v.dim() else v) for k, v in rates.items()}
+            owner = i * len(self._buffers) // len(w) if fold is None else fold
+            outputs.append(self._forward(named, numbers, x[i], training=training, fold=owner))
+        return torch.stack(outputs)
+
+    def _forward(
+        self, named: dict[str, Tensor], rates: Mapping[str, Value], x: Tensor, *, training: bool, fold: int
+    ) -> Tensor:
+        module = self._modules[training]
+        changed = []
+        try:
+            for keyword, rate in rates.items():
+                for path, name, a, b in self.reach[keyword]:
+                    sub = module.get_submodule(path)
+                    changed.append((sub, name, getattr(sub, name)))
+                    setattr(sub, name, a + b * rate)
+            return functional_call(module, {**named, **self._constants, **self._buffers[fold]}, (x,), strict=True)
+        finally:  # leave no tensor of a vmapped pass behind
+            for sub, name, value in reversed(changed):
+                setattr(sub, name, value)
+
+
+def custom_or_named(criterion: Any, losses: Mapping[str, Loss]) -> Loss:
+    """The per-row loss for ``criterion=``: a name from ``losses``, or a callable, or an ``nn.Module`` loss class."""
+    if isinstance(criterion, str) and criterion in losses:
+        return losses[criterion]
+    if inspect.isclass(criterion):
+        criterion = criterion()
+    if callable(criterion):
+        return CustomLoss(criterion)
+    raise ValueError(f"criterion={criterion!r}: choose one of {sorted(losses)} or give a callable (outputs, targets).")
+
+
+def _column(value: Value, like: Tensor) -> Value:
+    return value.view(-1, *(1,) * (like.dim() - 1)) if isinstance(value, Tensor) else value

@@ -1,0 +1,37 @@
+"""Seeds: every fit is reproducible from its ``random_state``, and nobody else's random numbers change.
+
+Layers draw their initial weights and dropout masks from torch's one global generator. :func:`isolated` lends it to us:
+seeded at the start, put back as it was at the end. Threads take turns.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.utils import check_random_state
+
+_ONE_AT_A_TIME = threading.RLock()
+
+
+def draw_seed(random_state: Any) -> int:
+    """An integer seed from scikit-learn's ``random_state``; ``None`` means fresh entropy from the operating system."""
+    if random_state is None:
+        return int(np.random.SeedSequence().generate_state(1)[0] >> 1)
+    if isinstance(random_state, (int, np.integer)):
+        check_random_state(random_state)  # refuses what scikit-learn refuses
+        return int(random_state)
+    return int(check_random_state(random_state).randint(np.iinfo(np.int32).max))
+
+
+@contextmanager
+def isolated(seed: int, device: str = "cpu") -> Iterator[None]:
+    """Seed torch's global generators inside the block and restore them after it, whatever happens."""
+    devices = [torch.device(device)] if torch.device(device).type == "cuda" else []
+    with _ONE_AT_A_TIME, torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,376 @@
+"""The search: scikit-learn's contract around hyper-training. No mathematics.
+
+``HyperTrainingSearchCV`` is a ``BaseSearchCV`` that overrides where its candidates come from. It splits as
+``GridSearchCV`` does, hyper-trains all folds together, and hands a short list of candidates (the tuned setting and the
+estimator's own) to scikit-learn's ``evaluate_candidates``, which retrains and scores them. ``cv_results_``, ranks,
+``error_score``, multimetric scoring and ``refit`` are scikit-learn's own code.
+"""
+
+from __future__ import annotations
+
+import difflib
+import numbers
+from collections.abc import Mapping
+from typing import Any, Self
+
+import numpy as np
+from sklearn.base import clone
+from sklearn.model_selection._search import BaseSearchCV
+from sklearn.pipeline import Pipeline
+from sklearn.utils.metaestimators import _safe_split
+from sklearn.utils.validation import _check_method_params
+
+from hypertune.estimator import TorchEstimator
+from hypertune.hypernetworks import HYPERNETWORKS, Builder
+from hypertune.randomness import draw_seed
+from hypertune.response import Fold, check_names, hyper_train
+from hypertune.space import Space
+
+_CHOICES = {
+    "algorithm": ("joint", "global", "simplified"),
+    "evaluate": ("retrain", "hypernetwork"),
+    "response_optimizer": ("tangent", "plain"),
+    "hyper_lr_schedule": ("linear", "constant"),
+}
+
+
+class HyperTrainingSearchCV(BaseSearchCV):
+    """Hyperparameter search by gradients through a hypernetwork, with cross-validation.
+
+    One training run of all folds learns the weights *as a function of the hyperparameters*, and the hyperparameters
+    descend the validation loss through that function [1]_. The tuned setting and the estimator's own are then
+    retrained from scratch and scored on every fold, and the better one is refitted on all the data.
+
+    Parameters
+    ----------
+    estimator : TorchClassifier, TorchRegressor, or a Pipeline that ends in one
+        Earlier steps of a Pipeline are fitted inside each fold.
+    param_distributions : dict from str to distribution
+        Parameter names, as in ``RandomizedSearchCV``, and continuous distributions: frozen ones of ``scipy.stats``
+        (``loguniform``, ``uniform``, ...) or ``optuna.distributions.FloatDistribution``. What can be tuned:
+        ``weight_decay``, ``l1``, ``input_noise``, ``label_smoothing``, and every ``module__…`` keyword that reaches a
+        dropout rate.
+    algorithm : {"joint", "global", "simplified"}, default="joint"
+        Algorithm 3, 2 or 4 of the paper: hypernetwork and hyperparameters together, hyperparameters sampled around
+        the current ones; first the hypernetwork over the whole space, then the hyperparameters; together, without
+        sampling.
+    hypernetwork : {"linear", "low_rank", "mlp", "gated"} or instance, default="linear"
+        The family of best responses; see :mod:`hypertune.hypernetworks`. An instance is a description with other
+        sizes, such as ``LowRank(rank=20)``.
+    evaluate : {"retrain", "hypernetwork"}, default="retrain"
+        How the candidates are scored: by retraining each from scratch on every fold, or (the paper's return value, for
+        the tuned setting only) by the weights that the hypernetwork gives, which retrains nothing.
+    max_epochs : int, default=None
+        Length of the hyper-training; None means the estimator's own ``max_epochs``.
+    scale : float, default=None
+        σ, standard deviation of the sampled hyperparameters around the current ones, in units of λ (a factor of e
+        for log distributions, a quarter of the range for bounded ones). None means 0.5 for "joint", and sampling from
+        ``param_distributions`` themselves for "global".
+    n_samples : int, default=None
+        m, hyperparameter settings sampled per minibatch; an even number is drawn in antithetic pairs. None means 2 for
+        "joint" and 8 for "global".
+    hyper_lr : float, default=0.05
+        β, step size of the hyperparameters' Adam, in units of λ.
+    hyper_lr_schedule : {"linear", "constant"}, default="linear"
+        "linear" lets the step size fall to zero at the end.
+    hyper_eps : float, default=0.01
+        ε of that Adam: the slope of the validation loss, per unit of λ, below which steps become small.
+    warmup : float, default=1/3
+        Share of the run before the hyperparameters may move.
+    averaging : float, default=0.25
+        Share of the run, at its end, over which the path is averaged into the tuned setting.
+    response_optimizer : {"tangent", "plain"}, default="tangent"
+        "tangent" gives the response the preconditioner of the weights; "plain" is one optimizer for everything, as in
+        the paper.
+    scoring, n_jobs, refit, cv, verbose, pre_dispatch, error_score, return_train_score
+        As in ``RandomizedSearchCV``. A positive ``verbose`` also shows a progress bar of the hyper-training.
+    random_state : int, RandomState instance or None, default=None
+        Seeds the hyper-training. The estimator has its own.
+
+    Attributes
+    ----------
+    cv_results_ : dict of arrays
+        As in ``GridSearchCV``; one row per candidate.
+    best_estimator_ : estimator
+        Refitted on all the data with ``best_params_``; only if ``refit``.
+    best_score_ : float
+        Mean cross-validated score of ``best_estimator_``. Optimistic, as ``GridSearchCV``'s is: the hyperparameters
+        were fitted to these folds. The honest figure is ``cross_val_score`` of the whole search.
+    best_params_ : dict from str to float
+        The best setting, inside the declared bounds.
+    best_index_ : int
+        Its row in ``cv_results_``.
+    scorer_ : callable or dict
+        The scorer(s).
+    n_splits_ : int
+        Number of folds.
+    refit_time_ : float
+        Seconds of the refit.
+    multimetric_ : bool
+        Whether several metrics were computed.
+    best_response_ : BestResponse
+        The learned best response: weights, a fitted estimator or a validation curve at any setting, without training.
+    history_ : dict of arrays
+        The hyper-training: "step", "seconds", "epoch", "train_loss" and "validation_loss" (means over folds), and the
+        path of each hyperparameter under its name.
+    n_features_in_, feature_names_in_, classes_
+        Those of ``best_estimator_``.
+
+    References
+    ----------
+    .. [1] Lorraine & Duvenaud (2018), *Stochastic Hyperparameter Optimization through Hypernetworks*, arXiv:1802.09419.
+
+    Examples
+    --------
+    >>> from scipy.stats import loguniform, uniform
+    >>> from sklearn.datasets import load_wine
+    >>> from sklearn.pipeline import make_pipeline
+    >>> from sklearn.preprocessing import StandardScaler
+    >>> from hypertune import HyperTrainingSearchCV, MLP, TorchClassifier
+    >>> X, y = load_wine(return_X_y=True)
+    >>> search = HyperTrainingSearchCV(
+    ...     make_pipeline(StandardScaler(), TorchClassifier(MLP(hidden=(16,)), max_epochs=20, random_state=0)),
+    ...     {"torchclassifier__weight_decay": loguniform(1e-6, 1e1),
+    ...      "torchclassifier__module__dropout": uniform(0, 0.8)},
+    ...     cv=3, random_state=0).fit(X, y)
+    >>> sorted(search.best_params_)
+    ['torchclassifier__module__dropout', 'torchclassifier__weight_decay']
+    """
+
+    def __init__(
+        self,
+        estimator: Any,
+        param_distributions: Mapping[str, Any],
+        *,
+        algorithm: str = "joint",
+        hypernetwork: str | Builder = "linear",
+        evaluate: str = "retrain",
+        max_epochs: int | None = None,
+        scale: float | None = None,
+        n_samples: int | None = None,
+        hyper_lr: float = 0.05,
+        hyper_lr_schedule: str = "linear",
+        hyper_eps: float = 1e-2,
+        warmup: float = 1 / 3,
+        averaging: float = 0.25,
+        response_optimizer: str = "tangent",
+        scoring: Any = None,
+        n_jobs: int | None = None,
+        refit: Any = True,
+        cv: Any = None,
+        verbose: int = 0,
+        pre_dispatch: Any = "2*n_jobs",
+        random_state: Any = None,
+        error_score: Any = np.nan,
+        return_train_score: bool = False,
+    ):
+        self.param_distributions = param_distributions
+        self.algorithm = algorithm
+        self.hypernetwork = hypernetwork
+        self.evaluate = evaluate
+        self.max_epochs = max_epochs
+        self.scale = scale
+        self.n_samples = n_samples
+        self.hyper_lr = hyper_lr
+        self.hyper_lr_schedule = hyper_lr_schedule
+        self.hyper_eps = hyper_eps
+        self.warmup = warmup
+        self.averaging = averaging
+        self.response_optimizer = response_optimizer
+        self.random_state = random_state
+        super().__init__(
+            estimator=estimator,
+            scoring=scoring,
+            n_jobs=n_jobs,
+            refit=refit,
+            cv=cv,
+            verbose=verbose,
+            pre_dispatch=pre_dispatch,
+            error_score=error_score,
+            return_train_score=return_train_score,
+        )
+
+    # --- scikit-learn's extension points ------------------------------------------------------------------------------
+
+    def fit(self, X: Any, y: Any = None, **params: Any) -> Self:
+        """Tune, verify and refit.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features)
+            Training data.
+        y : array-like of shape (n_samples,) or (n_samples, n_outputs)
+            Target.
+        **params : dict
+            Passed to the ``fit`` of the estimator, the scorer and the splitter, as in ``GridSearchCV``.
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        ValueError, TypeError
+            Before any training, for a space, data or a model that cannot be tuned; during it, if the loss diverges.
+        """
+        own = self.estimator
+        if self.evaluate == "hypernetwork":  # the folds' estimators look their weights up in what is put in here
+            self._responses: list[Any] = []
+            self.estimator = clone(own)
+            _net(self.estimator)._responses = self._responses
+        try:
+            super().fit(X, y, **params)
+        finally:
+            self.estimator = own
+            for name in ("_inputs", "_fit_params", "_responses"):
+                self.__dict__.pop(name, None)
+        if self.evaluate == "hypernetwork" and self.refit:
+            del _net(self.best_estimator_)._responses
+        return self
+
+    def _get_routed_params_for_fit(self, params: Any) -> Any:
+        routed = super()._get_routed_params_for_fit(params)
+        self._fit_params = routed.estimator.fit
+        return routed
+
+    def _check_input_parameters(self, X: Any, y: Any, split_params: Any) -> None:
+        if y is None:
+            raise ValueError(
+                f"{type(self).__name__} requires y to be passed, but the target y is None: the validation loss needs it."
+            )
+        self._inputs = (X, y, split_params)
+
+    def _run_search(self, evaluate_candidates: Any, *, callback_ctx: Any = None) -> None:
+        candidates = self._propose_candidates()
+        if callback_ctx is None:
+            evaluate_candidates(candidates)
+            return
+        search_ctx = callback_ctx.subcontext(
+            task_name="search", max_subtasks=len(candidates) * self.n_splits_, sequential_subtasks=False
+        ).call_on_fit_task_begin(estimator=self)
+        evaluate_candidates(candidates, callback_ctx=search_ctx)
+        search_ctx.call_on_fit_task_end(estimator=self)
+
+    # --- the proposal -------------------------------------------------------------------------------------------------
+
+    def _propose_candidates(self) -> list[dict[str, Any]]:
+        """Hyper-train, and return the settings to verify. A subclass may put any other proposal in its place."""
+        space = Space.from_distributions(self.param_distributions)
+        self._check_own_parameters()
+        net, prefix = _net(self.estimator), _prefix(self.estimator)
+        self._check_space(space)
+        check_names(space, prefix)
+        current = self._current(space)
+        response, self.history_ = hyper_train(
+            space,
+            prefix,
+            self._folds(),
+            current,
+            algorithm=self.algorithm,
+            hypernetwork=HYPERNETWORKS[self.hypernetwork] if isinstance(self.hypernetwork, str) else self.hypernetwork,
+            response_optimizer=self.response_optimizer,
+            max_epochs=net.max_epochs if self.max_epochs is None else self.max_epochs,
+            scale=self.scale,
+            n_samples=self.n_samples,
+            hyper_lr=self.hyper_lr,
+            hyper_lr_schedule=self.hyper_lr_schedule,
+            hyper_eps=self.hyper_eps,
+            warmup=self.warmup,
+            averaging=self.averaging,
+            seed=draw_seed(self.random_state),
+            progress=self.verbose > 0,
+        )
+        self.best_response_ = response
+        if self.evaluate == "hypernetwork":
+            self._responses.append(response)
+            return [response.params]
+        return [response.params, current]
+
+    def _current(self, space: Space) -> dict[str, float]:
+        """The estimator's own setting, moved into the declared bounds."""
+        params = self.estimator.get_params()
+        return space.decode(space.encode({name: params[name] for name in space.names}))
+
+    def _folds(self) -> list[Fold]:
+        """The splits of ``cv``, each preprocessed and encoded as scikit-learn would give it to the estimator."""
+        X, y, split_params = self._inputs
+        return [self._fold(X, y, train, valid) for train, valid in self._checked_cv_orig.split(X, y, **split_params)]
+
+    def _fold(self, X: Any, y: Any, train: np.ndarray, valid: np.ndarray) -> Fold:
+        X_train, y_train = _safe_split(self.estimator, X, y, train)
+        X_valid, y_valid = _safe_split(self.estimator, X, y, valid, train)
+        preprocess = None
+        if isinstance(self.estimator, Pipeline) and len(self.estimator.steps) > 1:
+            preprocess = clone(self.estimator[:-1])
+            X_train = preprocess.fit_transform(X_train, y_train)
+            X_valid = preprocess.transform(X_valid)
+        net = clone(_net(self.estimator))
+        encoded = net._encode(X_train, y_train, self._sample_weight(X, train), all_y=y)
+        return Fold(net, preprocess, encoded, net._encode_more(X_valid, y_valid, self._sample_weight(X, valid)))
+
+    def _sample_weight(self, X: Any, indices: np.ndarray) -> Any:
+        """The rows' ``sample_weight`` among the fit parameters, if any."""
+        names = ["sample_weight"]
+        if isinstance(self.estimator, Pipeline):
+            names.append(f"{self.estimator.steps[-1][0]}__sample_weight")
+        weights = {name: self._fit_params[name] for name in names if self._fit_params.get(name) is not None}
+        return next(iter(_check_method_params(X, weights, indices=indices).values()), None)
+
+    # --- refusals, before anything is computed ----------------------------------------------------------------------------
+
+    def _check_own_parameters(self) -> None:
+        name = type(self).__name__
+        for parameter, choices in _CHOICES.items():
+            if getattr(self, parameter) not in choices:
+                raise ValueError(f"{name}({parameter}={getattr(self, parameter)!r}): choose one of {list(choices)}.")
+        if isinstance(self.hypernetwork, str) and self.hypernetwork not in HYPERNETWORKS:
+            raise ValueError(f"{name}(hypernetwork={self.hypernetwork!r}): choose one of {list(HYPERNETWORKS)}.")
+        if not isinstance(self.hypernetwork, str) and not hasattr(self.hypernetwork, "build"):
+            raise TypeError(
+                f"{name}(hypernetwork={self.hypernetwork!r}): give a name out of {list(HYPERNETWORKS)} or an instance of "
+                "one of the classes of hypertune.hypernetworks, such as LowRank(rank=20)."
+            )
+        for parameter in ("max_epochs", "n_samples"):
+            value = getattr(self, parameter)
+            if value is not None and not (isinstance(value, numbers.Integral) and value >= 1):
+                raise ValueError(f"{name}({parameter}={value!r}): must be an integer of at least 1, or None.")
+        for parameter in ("hyper_lr", "hyper_eps", "scale"):
+            value = getattr(self, parameter)
+            if value is not None and not 0 < value < np.inf:
+                raise ValueError(f"{name}({parameter}={value!r}): must be positive.")
+        for parameter in ("warmup", "averaging"):
+            value = getattr(self, parameter)
+            if not 0 <= value < 1:
+                raise ValueError(f"{name}({parameter}={value!r}): a share of the run, in [0, 1).")
+
+    def _check_space(self, space: Space) -> None:
+        """Every name must be a parameter of the torch estimator itself."""
+        valid = self.estimator.get_params()
+        prefix = _prefix(self.estimator)
+        for name in space.names:
+            where = f"param_distributions[{name!r}]"
+            if name not in valid:
+                near = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
+                near += [known for known in valid if known.endswith(f"__{name}") and known not in near]
+                hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"choose one of {sorted(valid)}."
+                raise ValueError(f"{where}: {type(self.estimator).__name__} has no such parameter; {hint}")
+            if not name.startswith(prefix):
+                raise ValueError(
+                    f"{where}: it belongs to a preprocessing step, which is fitted and not trained: no gradient reaches it. "
+                    "Set it on the pipeline, or give it to an outer search (OptunaSearchCV, GridSearchCV)."
+                )
+
+
+def _net(estimator: Any) -> TorchEstimator:
+    """The torch estimator itself, or the last step of a Pipeline."""
+    last = estimator.steps[-1][1] if isinstance(estimator, Pipeline) else estimator
+    if not isinstance(last, TorchEstimator):
+        raise TypeError(
+            f"HyperTrainingSearchCV tunes a TorchClassifier or TorchRegressor, or a Pipeline that ends in one; got "
+            f"{type(last).__name__}. Other models have no weights that a gradient could follow: use RandomizedSearchCV."
+        )
+    return last
+
+
+def _prefix(estimator: Any) -> str:
+    return f"{estimator.steps[-1][0]}__" if isinstance(estimator, Pipeline) else ""
