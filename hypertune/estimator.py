@@ -266,13 +266,13 @@ class TorchClassifier(ClassifierMixin, TorchEstimator):
         Probability mass of the target that is spread evenly over the classes, in [0, 1].
     optimizer : {"adam", "sgd"} or callable, default="adam"
         "sgd" has momentum 0.9. A callable gets (params, lr=...) and returns a torch optimizer.
-    lr : float, default=1e-3
+    lr : float, default=3e-3
         Learning rate at the start.
     lr_schedule : {"cosine", "constant"}, default="cosine"
         How the learning rate changes over the run; "cosine" ends at zero.
     batch_size : int, default=64
         Rows of a minibatch; all rows if there are fewer.
-    max_epochs : int, default=60
+    max_epochs : int, default=100
         Passes through the data.
     device : str, default="cpu"
         Torch device that holds data and model.
@@ -315,10 +315,10 @@ class TorchClassifier(ClassifierMixin, TorchEstimator):
         input_noise: float = 0.0,
         label_smoothing: float = 0.0,
         optimizer: Any = "adam",
-        lr: float = 1e-3,
+        lr: float = 3e-3,
         lr_schedule: str = "cosine",
         batch_size: int = 64,
-        max_epochs: int = 60,
+        max_epochs: int = 100,
         device: str = "cpu",
         dtype: str = "float32",
         random_state: Any = None,
@@ -423,10 +423,10 @@ class TorchRegressor(RegressorMixin, TorchEstimator):
         l1: float = 0.0,
         input_noise: float = 0.0,
         optimizer: Any = "adam",
-        lr: float = 1e-3,
+        lr: float = 3e-3,
         lr_schedule: str = "cosine",
         batch_size: int = 64,
-        max_epochs: int = 60,
+        max_epochs: int = 100,
         device: str = "cpu",
         dtype: str = "float32",
         random_state: Any = None,

@@ -48,7 +48,9 @@ class Hyperparameter:
     name : str
         The scikit-learn parameter name, such as ``"weight_decay"`` or ``"module__dropout"``.
     prior : scipy.stats frozen continuous distribution
-        What the user declared. Its support bounds the value.
+        What the user declared.
+    support : tuple of two float
+        The declared bounds of the value.
     coordinate : {"log", "linear"}
         Which of the two maps of the module's table λ is. Both are affine after an optional logarithm.
     offset, unit : float
@@ -59,17 +61,12 @@ class Hyperparameter:
 
     name: str
     prior: Any
+    support: tuple[float, float]
     coordinate: Literal["log", "linear"]
     offset: float
     unit: float
     low: float
     high: float
-
-    @property
-    def support(self) -> tuple[float, float]:
-        """The declared bounds of the value."""
-        low, high = self.prior.support()
-        return float(low), float(high)
 
     @classmethod
     def from_distribution(cls, name: str, distribution: Any) -> Hyperparameter:
@@ -85,14 +82,14 @@ class Hyperparameter:
         if not low < high:
             raise ValueError(f"param_distributions[{name!r}]: the range [{low}, {high}] is empty; give low < high.")
         if log:
-            return cls(name, prior, "log", 0.0, 1.0, math.log(low), math.log(high))
+            return cls(name, prior, (low, high), "log", 0.0, 1.0, math.log(low), math.log(high))
         if math.isfinite(low) and math.isfinite(high):
-            return cls(name, prior, "linear", low, (high - low) / _UNITS_PER_RANGE, 0.0, _UNITS_PER_RANGE)
+            return cls(name, prior, (low, high), "linear", low, (high - low) / _UNITS_PER_RANGE, 0.0, _UNITS_PER_RANGE)
         if math.isfinite(low):
-            return cls(name, prior, "log", low, 1.0, -math.inf, math.inf)
+            return cls(name, prior, (low, high), "log", low, 1.0, -math.inf, math.inf)
         if math.isinf(high):
             spread = float(np.diff(prior.ppf([0.16, 0.84]))[0]) / 2
-            return cls(name, prior, "linear", float(prior.median()), spread, -math.inf, math.inf)
+            return cls(name, prior, (low, high), "linear", float(prior.median()), spread, -math.inf, math.inf)
         raise ValueError(
             f"param_distributions[{name!r}]: a range (-inf, {high}] without lower bound is not supported; "
             "bound it on both sides, on neither side, or from below."
@@ -110,8 +107,7 @@ class Hyperparameter:
     def decode(self, lam: Tensor) -> Tensor:
         """λ → value, elementwise, always inside the declared bounds."""
         value = self.offset + (lam.exp() if self.coordinate == "log" else self.unit * lam)
-        low, high = self.support
-        return value.clamp(low, high)
+        return value.clamp(*self.support)
 
 
 def _as_prior(name: str, distribution: Any) -> tuple[Any, bool]:

@@ -1,0 +1,40 @@
+"""``python -m benchmarks NAME``: see ``python -m benchmarks list``."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+from benchmarks.comparison import compare
+from benchmarks.cost import measure_step_cost
+from benchmarks.problems import digits, mnist_mlp
+
+NAMES = {
+    "digits": "the main job: MLP 64-64 on digits, 5 hyperparameters, 3 folds, against TPE and random search (2 minutes a seed)",
+    "mnist-mlp": "784-256-256-10 on 5,000 MNIST images, 6 hyperparameters, against TPE's best of 30 (6 minutes a seed)",
+    "step-cost": "seconds of one joint step over seconds of one plain training step, 784-256-256-10, n = 6 (1 minute)",
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the command line and run one benchmark."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("name", choices=[*NAMES, "list"], metavar="NAME", help=f"one of {', '.join(NAMES)}; or list")
+    parser.add_argument("--seeds", type=int, default=1, help="number of seeds (default 1)")
+    parser.add_argument("--mnist", metavar="DIR", default=None, help="folder of MNIST's IDX files")
+    parser.add_argument("--out", metavar="DIR", type=Path, default=Path(__file__).parent / "out", help="where results go")
+    arguments = parser.parse_args(argv)
+    if arguments.name == "list":
+        for name, line in NAMES.items():
+            print(f"{name:<12}{line}")
+    elif arguments.name == "digits":
+        compare(digits, arguments.seeds, arguments.out)
+    elif arguments.name == "mnist-mlp":
+        compare(partial(mnist_mlp, directory=arguments.mnist), arguments.seeds, arguments.out, tpe_trials=30)
+    else:
+        measure_step_cost()
+
+
+if __name__ == "__main__":
+    main()

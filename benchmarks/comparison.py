@@ -1,0 +1,62 @@
+"""hypertune, then the black-box searches with the same estimator, the same folds and the same wall-clock seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from benchmarks import report, solvers
+from benchmarks.problems import Problem
+from benchmarks.solvers import Found
+
+
+def compare(make: Callable[[int], Problem], seeds: int, out: Path, *, tpe_trials: int | None = None) -> list[Found]:
+    """Run the comparison, print its table and write its JSON and its picture.
+
+    Parameters
+    ----------
+    make : callable
+        Seed → problem.
+    seeds : int
+        Number of seeds, from 0.
+    out : Path
+        Folder for ``NAME.json`` and ``NAME.png``.
+    tpe_trials : int, optional
+        Also run TPE for that many trials, however long it takes.
+    """
+    methods = ["defaults", "hypertune", "tpe", "random"] + ([f"tpe-{tpe_trials}"] if tpe_trials else [])
+    rows: list[tuple[int, Found]] = []
+    with tqdm(total=seeds * len(methods), unit="run") as bar:
+        for seed in range(seeds):
+            problem = make(seed)
+            seconds = 0.0
+            for method in methods:
+                bar.set_description(f"{problem.name}, seed {seed}, {method}")
+                fixed = method.startswith("tpe-")
+                found = solvers.run(method.partition("-")[0], problem, seconds, tpe_trials if fixed else None)
+                found.solver = method
+                if method == "hypertune":
+                    seconds = found.seconds
+                rows.append((seed, found))
+                bar.update()
+    out.mkdir(parents=True, exist_ok=True)
+    report.save(rows, problem.name, out / f"{problem.name}.json")
+    title = f"{problem.name}: {problem.estimator.__class__.__name__}, {len(problem.space)} hyperparameters, {seeds} seed(s)"
+    report.picture(rows, problem.space, title, out / f"{problem.name}.png")
+    print(f"\n{title}\n{report.table([found for _, found in rows])}")
+    found = [row for _, row in rows]
+    ours = np.array([r.seconds for r in found if r.solver == "hypertune"])
+    if tpe_trials:
+        theirs = np.array([r.seconds for r in found if r.solver == f"tpe-{tpe_trials}"])
+        gap = [a.cv_loss - b.cv_loss for a, b in zip(
+            [r for r in found if r.solver == "hypertune"], [r for r in found if r.solver == f"tpe-{tpe_trials}"], strict=True
+        )]  # fmt: skip
+        print(
+            f"\nTPE's {tpe_trials} trials took {np.median(theirs / ours):.1f} × our seconds (median over seeds); "
+            f"our validation loss minus its best: {np.median(gap):+.4f} (median)."
+        )
+    print(f"\nWritten: {out / problem.name}.json and .png")
+    return found

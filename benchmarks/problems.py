@@ -1,0 +1,103 @@
+"""What is tuned: data, estimator, folds and space. Solvers never see the test rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import loguniform, uniform
+from sklearn.datasets import load_digits
+from sklearn.model_selection import PredefinedSplit, StratifiedKFold, train_test_split
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from benchmarks import mnist
+from hypertune import MLP, TorchClassifier
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One seed of one problem.
+
+    Parameters
+    ----------
+    name : str
+    seed : int
+    estimator : estimator
+        With its default setting, which is what every solver starts from.
+    space : dict from str to scipy.stats distribution
+    cv : splitter
+        The folds, the same for every solver.
+    X, y, X_test, y_test : ndarray
+        Rows to tune on, and held-out rows that only the report sees.
+    refit_rows : slice
+        The rows of X that the reported model is trained on once the search is over.
+    """
+
+    name: str
+    seed: int
+    estimator: Any
+    space: dict[str, Any]
+    cv: Any
+    X: np.ndarray
+    y: np.ndarray
+    X_test: np.ndarray
+    y_test: np.ndarray
+    refit_rows: slice = slice(None)
+
+
+def digits(seed: int) -> Problem:
+    """scikit-learn's digits, 60/40 split, MLP 64-64, 5 hyperparameters, 3 folds."""
+    X, y = load_digits(return_X_y=True)
+    X, X_test, y, y_test = train_test_split(X, y, test_size=0.4, random_state=seed, stratify=y)
+    step = "torchclassifier__"
+    return Problem(
+        "digits",
+        seed,
+        make_pipeline(StandardScaler(), TorchClassifier(MLP(hidden=(64, 64)), random_state=seed)),
+        {
+            step + "weight_decay": loguniform(1e-6, 1e1),
+            step + "label_smoothing": uniform(0, 0.3),
+            step + "input_noise": uniform(0, 1),
+            step + "module__input_dropout": uniform(0, 0.8),
+            step + "module__dropout": uniform(0, 0.8),
+        },
+        StratifiedKFold(3, shuffle=True, random_state=seed),
+        X, y, X_test, y_test,
+    )  # fmt: skip
+
+
+def mnist_mlp(seed: int, directory: str | None) -> Problem:
+    """784-256-256-10 on 5,000 MNIST images, validated on the last 10,000 training images; 6 hyperparameters, one split.
+
+    The 5,000 images are the seed's own draw from the first 50,000. Inputs in [0, 1]; Adam 1e-3, cosine, batch 250,
+    40 epochs.
+    """
+    X, y, X_test, y_test = mnist.load(directory)
+    rows = np.random.default_rng(seed).choice(50_000, 5_000, replace=False)
+    estimator = TorchClassifier(
+        mnist.three_dropouts, lr=1e-3, batch_size=250, max_epochs=40, random_state=seed
+    )
+    return Problem(
+        "mnist-mlp",
+        seed,
+        estimator,
+        {
+            "weight_decay": loguniform(1e-6, 1e0),
+            "label_smoothing": uniform(0, 0.3),
+            "input_noise": uniform(0, 0.5),
+            "module__dropout_0": uniform(0, 0.8),
+            "module__dropout_1": uniform(0, 0.8),
+            "module__dropout_2": uniform(0, 0.8),
+        },
+        PredefinedSplit(np.r_[np.full(5_000, -1), np.zeros(10_000, dtype=int)]),
+        np.concatenate([X[rows], X[50_000:]]),
+        np.concatenate([y[rows], y[50_000:]]),
+        X_test, y_test,
+        refit_rows=slice(5_000),
+    )  # fmt: skip
+
+
+PROBLEMS: dict[str, Callable[..., Problem]] = {"digits": digits, "mnist-mlp": mnist_mlp}

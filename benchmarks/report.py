@@ -1,0 +1,85 @@
+"""What is shown: one table, one picture and one JSON file for a comparison."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+from benchmarks.solvers import Found
+from hypertune.space import Space
+
+_COLORS = {"hypertune": "C3", "tpe": "C0", "tpe-30": "C0", "random": "C2", "defaults": "0.5"}
+
+
+def table(rows: Sequence[Found]) -> str:
+    """One line per method: medians of seconds, means ± standard errors over seeds of the losses, the first seed's setting."""
+    header = f"{'method':<12}{'seconds':>9}{'settings':>10}{'CV log-loss':>18}{'test log-loss':>18}{'test accuracy':>15}  best_params_ (first seed)"
+    lines = [header, "-" * len(header)]
+    for name in dict.fromkeys(row.solver for row in rows):
+        own = [row for row in rows if row.solver == name]
+        params = ", ".join(f"{k.rpartition('__')[2]}={v:.3g}" for k, v in own[0].params.items()) or "as given"
+        lines.append(
+            f"{name:<12}{np.median([r.seconds for r in own]):>9.1f}{np.median([r.settings for r in own]):>10.0f}"
+            f"{_mean([r.cv_loss for r in own]):>18}{_mean([r.test_loss for r in own]):>18}"
+            f"{np.mean([r.test_accuracy for r in own]):>15.4f}  {params}"
+        )
+    return "\n".join(lines)
+
+
+def _mean(values: Sequence[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.4f}"
+    return f"{np.mean(values):.4f} ± {np.std(values, ddof=1) / np.sqrt(len(values)):.4f}"
+
+
+def picture(rows: Sequence[tuple[int, Found]], space: Mapping[str, Any], title: str, path: Path) -> None:
+    """Best validation loss against seconds, one line per method and seed; λ̂'s path of the first seed beneath."""
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 8), constrained_layout=True)
+    labelled = set()
+    for _, found in rows:
+        label = None if found.solver in labelled else found.solver
+        labelled.add(found.solver)
+        color = _COLORS[found.solver]
+        if found.solver == "defaults":
+            top.axhline(found.cv_loss, color=color, lw=1, ls=":", label=label)
+        elif found.path:
+            label = "hypertune: hypernetwork's weights while training" if label else None
+            top.plot(*zip(*found.curve, strict=True), color=color, lw=1, alpha=0.7, label=label)
+            top.plot(found.seconds, found.cv_loss, "*", color=color, ms=12, label="hypertune: retrained, verified" if label else None)
+        else:
+            top.step(*zip(*found.curve, strict=True), color=color, lw=1, where="post", label=label, ls="--" if "-" in found.solver else "-")
+    top.set(xlabel="seconds", ylabel="best validation log-loss (nats)", yscale="log", title=title)
+    top.legend(fontsize=8)
+
+    declared = Space.from_distributions(space)
+    path_of = next(found.path for _, found in rows if found.path)
+    for h in declared.hyperparameters:
+        lam = np.array([h.encode(value) for value in path_of[h.name]])
+        bottom.plot(path_of["epoch"], (lam - h.low) / (h.high - h.low), label=h.name.rpartition("__")[2])
+    bottom.set(xlabel="epoch of the hyper-training", ylabel="λ̂, from its lower to its upper bound", ylim=(-0.03, 1.03))
+    bottom.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def save(rows: Sequence[tuple[int, Found]], name: str, path: Path) -> None:
+    """Every row with its problem, seed, versions and threads."""
+    environment = {
+        "versions": {package: version(package) for package in ("torch", "scikit-learn", "optuna", "numpy")},
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+    }
+    records = [{"problem": name, "seed": seed, **asdict(found)} for seed, found in rows]
+    path.write_text(json.dumps({"environment": environment, "rows": records}, indent=1))

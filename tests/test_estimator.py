@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose, assert_array_equal
+from sklearn.base import clone
+from sklearn.datasets import load_diabetes, make_regression
+from sklearn.linear_model import Ridge
+from sklearn.model_selection import GridSearchCV
+from sklearn.utils.estimator_checks import parametrize_with_checks
+from torch import nn
+
+from hypertune import MLP, TorchClassifier, TorchRegressor, model_factory
+
+
+@model_factory
+def two_layers(n_features_in: int, n_outputs: int, *, width: int = 8, dropout: float = 0.0) -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(n_features_in, width), nn.Tanh(), nn.Dropout(dropout), nn.Linear(width, n_outputs)
+    )
+
+
+@pytest.mark.slow
+@parametrize_with_checks([
+    TorchClassifier(dtype="float64", lr=1e-2, random_state=0),
+    TorchRegressor(dtype="float64", lr=1e-2, random_state=0),
+])  # fmt: skip
+def test_scikit_learns_own_checks(estimator, check):
+    check(estimator)
+
+
+def test_labels_of_any_kind(iris):
+    X, y = iris
+    for labels in (np.array(["setosa", "versicolor", "virginica"]), np.array([10, -3, 7])):
+        model = TorchClassifier(MLP(hidden=(16,)), max_epochs=40, lr=1e-2, random_state=0).fit(X, labels[y])
+        assert_array_equal(model.classes_, np.unique(labels))
+        assert model.score(X, labels[y]) > 0.95
+        assert_allclose(model.predict_proba(X).sum(axis=1), 1)
+
+
+def test_a_linear_regressor_at_fixed_weight_decay_is_ridge():
+    """½·wd·‖w‖² against scikit-learn's α‖w‖² on standardised targets: α = N·wd/2·... the two agree to 1e-3."""
+    X, y = make_regression(60, 4, noise=20, random_state=0)
+    X = (X - X.mean(0)) / X.std(0)
+    weight_decay = 0.3
+    # Our loss is mean((wx − z)²) + ½·wd·‖w‖², z = (y − ȳ)/s; Ridge's is Σ(wx − z)² + α‖w‖²: α = N·wd/2.
+    model = TorchRegressor(
+        MLP(hidden=()), weight_decay=weight_decay, lr=0.05, max_epochs=500, batch_size=60, dtype="float64", random_state=0
+    ).fit(X, y)
+    exact = Ridge(alpha=len(X) * weight_decay / 2).fit(X, (y - y.mean()) / y.std())
+    weights = next(p for name, p in model.module_.named_parameters() if p.dim() == 2)
+    assert_allclose(weights[0].numpy(), exact.coef_, rtol=1e-3, atol=1e-4)
+
+
+def test_several_outputs():
+    X, Y = make_regression(80, 5, n_targets=3, random_state=0)
+    model = TorchRegressor(MLP(hidden=()), lr=0.05, random_state=0).fit(X, Y)
+    assert model.predict(X).shape == (80, 3)
+    assert model.score(X, Y) > 0.99
+    assert TorchRegressor(max_epochs=2).fit(X, Y[:, :1]).predict(X).shape == (80, 1)
+    assert TorchRegressor(max_epochs=2).fit(X, Y[:, 0]).predict(X).shape == (80,)
+
+
+def test_real_regression():
+    X, y = load_diabetes(return_X_y=True)
+    model = TorchRegressor(MLP(hidden=(32,), dropout=0.3), weight_decay=0.03, random_state=0).fit(X[:300] * 20, y[:300])
+    assert model.score(X[300:] * 20, y[300:]) > 0.4
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"optimizer": "sgd", "lr": 0.05},
+        {"optimizer": torch.optim.AdamW},
+        {"lr_schedule": "constant"},
+        {"dtype": "float64"},
+        {"criterion": "squared_error", "label_smoothing": 0.1},
+        {"criterion": nn.CrossEntropyLoss()},
+        {"criterion": nn.CrossEntropyLoss},
+        {"weight_decay": 1e-3, "l1": 1e-4, "input_noise": 0.1, "label_smoothing": 0.05},
+        {"module": two_layers},
+        {"module": lambda n, m: nn.Linear(n, m)},
+    ],
+)
+def test_its_options_train(iris, params):
+    X, y = iris
+    model = TorchClassifier(**{"module": MLP(hidden=(16,)), "lr": 1e-2, "random_state": 0, "max_epochs": 50, **params})
+    assert model.fit(X, y).score(X, y) > 0.9
+    assert model.loss_curve_[-1] < model.loss_curve_[0]
+
+
+def test_the_same_seed_gives_the_same_model_and_global_random_states_are_untouched(iris):
+    X, y = iris
+    torch.manual_seed(5)
+    np.random.seed(5)  # noqa: NPY002
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    make = TorchClassifier(MLP(dropout=0.3), max_epochs=5, input_noise=0.1)
+    a, b = (clone(make).set_params(random_state=3).fit(X, y) for _ in range(2))
+    c = clone(make).fit(X, y)
+    assert_array_equal(a.predict_proba(X), b.predict_proba(X))
+    assert np.abs(a.predict_proba(X) - c.predict_proba(X)).max() > 0
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert_array_equal(np.random.get_state()[1], before[1])  # noqa: NPY002
+
+
+def test_integer_weights_are_repetitions(iris):
+    """Full batches in float64: a weight of 2 is the row twice, a weight of 0 is no row."""
+    X, y = iris
+    weight = np.arange(len(X)) % 3
+    make = TorchClassifier(batch_size=10_000, dtype="float64", max_epochs=30, random_state=0)
+    weighted = clone(make).fit(X, y, sample_weight=weight)
+    repeated = clone(make).fit(np.repeat(X, weight, axis=0), np.repeat(y, weight))
+    assert_allclose(weighted.predict_proba(X), repeated.predict_proba(X), rtol=1e-6, atol=1e-9)
+
+
+def test_factories_are_searchable_and_travel(iris):
+    X, y = iris
+    search = GridSearchCV(
+        TorchClassifier(two_layers, max_epochs=3, random_state=0), {"module__dropout": [0.0, 0.5], "module__width": [4]}, cv=2
+    ).fit(X, y)
+    assert search.best_params_["module__width"] == 4
+    assert two_layers.get_params() == {"width": 8, "dropout": 0.0}
+    for factory in (MLP(hidden=(3,)), two_layers, model_factory(two_layers.function, width=3)):
+        travelled = pickle.loads(pickle.dumps(factory))
+        assert repr(travelled) == repr(factory)
+        assert repr(clone(factory)) == repr(factory)
+    with pytest.raises(TypeError, match=r"no keyword \['depth'\]"):
+        model_factory(two_layers.function, depth=3)
+    with pytest.raises(TypeError, match="wrap what builds it"):
+        model_factory(nn.Linear(1, 1))
+
+
+def test_a_fitted_model_can_be_pickled(iris):
+    X, y = iris
+    model = TorchClassifier(two_layers, max_epochs=3, random_state=0).fit(X, y)
+    assert_array_equal(pickle.loads(pickle.dumps(model)).predict_proba(X), model.predict_proba(X))
+
+
+def test_the_data_are_never_changed_and_may_be_of_any_layout(iris):
+    X, y = iris
+    expected = TorchClassifier(max_epochs=3, random_state=0).fit(X, y).predict_proba(X)
+    frozen = X.copy()
+    frozen.setflags(write=False)
+    for same in (frozen, np.asfortranarray(X), X[::-1][::-1], X.astype(">f8"), X.astype(np.longdouble)):
+        model = TorchClassifier(max_epochs=3, random_state=0).fit(same, y)
+        assert_allclose(model.predict_proba(same), expected, atol=1e-6)
+        assert_array_equal(same, X)
+
+
+def test_images_reach_the_factory_with_their_shape():
+    def conv(shape: tuple[int, int, int], n_outputs: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(shape[0], 4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(n_outputs))
+
+    X = np.random.default_rng(0).normal(size=(20, 2, 6, 6))
+    conv_net = lambda shape, k: nn.Sequential(nn.Conv2d(shape[0], 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, k))  # noqa: E731
+    model = TorchClassifier(conv_net, max_epochs=2, random_state=0).fit(X, np.arange(20) % 2)
+    assert model.predict_proba(X).shape == (20, 2)
+
+
+@pytest.mark.parametrize(
+    ("params", "error", "message"),
+    [
+        ({"module": nn.Linear(4, 3)}, TypeError, "expected a factory"),
+        ({"module": lambda n, m: "net"}, TypeError, "returned str, not a torch.nn.Module"),
+        ({"module": lambda n, m: nn.Linear(n, m + 1)}, ValueError, r"shape \(2, 4\); expected \(2, 3\): one column per class"),
+        ({"module": lambda n, m: nn.ReLU()}, ValueError, "without trainable parameters"),
+        ({"weight_decay": -1.0}, ValueError, r"TorchClassifier\(weight_decay=-1.0\): must lie in \[0, inf\]"),
+        ({"label_smoothing": 1.5}, ValueError, r"label_smoothing=1.5\): must lie in \[0, 1\]"),
+        ({"lr": 0.0}, ValueError, "lr=0.0"),
+        ({"max_epochs": 0}, ValueError, "max_epochs=0"),
+        ({"optimizer": "lbfgs"}, ValueError, r"optimizer='lbfgs'\): choose one of \['adam', 'sgd'\]"),
+        ({"lr_schedule": "step"}, ValueError, "lr_schedule='step'"),
+        ({"dtype": "float16"}, ValueError, "dtype='float16'"),
+        ({"criterion": "hinge"}, ValueError, "criterion='hinge'"),
+        ({"module": MLP(activation="swish")}, ValueError, "activation='swish'"),
+        ({"lr": 1e9, "optimizer": "sgd", "criterion": "squared_error"}, ValueError, r"training loss became .* in epoch \d+"),
+    ],
+)
+def test_bad_parameters_are_refused_with_what_to_do(iris, params, error, message):
+    with pytest.raises(error, match=message):
+        TorchClassifier(**{"max_epochs": 2, **params}).fit(*iris)
+
+
+def test_bad_data_are_refused(iris):
+    X, y = iris
+    with pytest.raises(ValueError, match="only one class"):
+        TorchClassifier().fit(X, np.zeros(len(X)))
+    with pytest.raises(ValueError, match="NaN"):
+        TorchClassifier().fit(np.where(X > 1, np.nan, X), y)
+    with pytest.raises(ValueError, match="infinity"):
+        TorchClassifier().fit(np.where(X > 1, np.inf, X), y)
+    with pytest.raises(ValueError, match="zero for every row"):
+        TorchClassifier().fit(X, y, sample_weight=np.zeros(len(X)))

@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.testing import assert_close
+
+from hypertune.batches import Batch, Minibatches, Rows
+from hypertune.modules import find_reach
+from hypertune.objective import CustomLoss, Objective, cross_entropy, one_hot_squared_error, squared_error
+
+
+def _net(dropout: float = 0.0) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(dropout), nn.Linear(8, 3)).double()
+
+
+@pytest.fixture
+def batch() -> Batch:
+    g = torch.Generator().manual_seed(1)
+    return Batch(torch.randn(1, 6, 4, generator=g, dtype=torch.float64), torch.arange(6)[None] % 3)
+
+
+def test_it_is_what_torch_trains(batch: Batch):
+    """Gradient of L_Train = gradient of F.cross_entropy(label_smoothing=) plus SGD(weight_decay=)'s term and l1's."""
+    net = _net()
+    objective = Objective(net, cross_entropy)
+    w = objective.initial_weights()[None].requires_grad_()
+    values = {"weight_decay": torch.tensor([0.3]), "l1": torch.tensor([0.2]), "label_smoothing": torch.tensor([0.1])}
+    (gradient,) = torch.autograd.grad(objective.train_loss(w, values, batch).sum(), w)
+    F.cross_entropy(net(batch.x[0]), batch.y[0], label_smoothing=0.1).backward()
+    for p in net.parameters():
+        if p.dim() > 1:
+            p.grad += 0.3 * p.detach() + 0.2 * p.detach().sign()
+    assert_close(gradient[0], torch.cat([p.grad.reshape(-1) for p in net.parameters()]), rtol=1e-6, atol=1e-8)
+
+
+def test_squared_error_on_one_hot_targets_is_the_mean_over_all_entries():
+    outputs, y = torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
+    assert_close(one_hot_squared_error(outputs, y).mean(), F.mse_loss(outputs, F.one_hot(y).float()))
+    smoothed = F.one_hot(y).float() * 0.7 + 0.1
+    assert_close(one_hot_squared_error(outputs, y, torch.tensor([0.3])).mean(), F.mse_loss(outputs, smoothed))
+
+
+def test_stacked_models_equal_single_ones(batch: Batch):
+    """Each of M models in one pass has its own weights, penalties, dropout rate and noise level, and the same noise."""
+    objective = Objective(
+        _net(), cross_entropy, reach={"module__dropout": find_reach(_net, 0.0, 0.8)}, fixed={"weight_decay": 0.1}
+    )
+    g = torch.Generator().manual_seed(2)
+    w = torch.randn(3, objective.D, generator=g, dtype=torch.float64)
+    values = {name: torch.rand(3, generator=g, dtype=torch.float64) / 2 for name in ("module__dropout", "input_noise", "label_smoothing", "l1")}
+
+    def losses(stacked: bool) -> torch.Tensor:
+        objective.stacked = stacked
+        torch.manual_seed(3)
+        return objective.train_loss(w, values, batch.repeat(3))
+
+    def alone(i: int) -> torch.Tensor:
+        torch.manual_seed(3)
+        return objective.train_loss(w[i : i + 1], {k: v[i : i + 1] for k, v in values.items()}, batch)[0]
+
+    together = losses(stacked=True)
+    assert_close(together, losses(stacked=False))
+    assert_close(together, torch.stack([alone(i) for i in range(3)]))
+
+
+def test_antithetic_signs_see_the_same_dropout_mask(batch: Batch):
+    """Equal weights and equal rates under common noise give equal losses; validation has no noise at all."""
+    objective = Objective(_net(0.5), cross_entropy)
+    w = objective.initial_weights().expand(2, -1)
+    torch.manual_seed(0)
+    first, second = objective.train_loss(w, {"input_noise": torch.tensor([0.5, 0.5])}, batch.repeat(2))
+    assert first == second
+    assert objective.valid_loss(w[:1], batch) == objective.valid_loss(w[:1], batch)
+    assert objective.valid_loss(w[:1], batch) != first
+
+
+@pytest.mark.parametrize(("layer", "shape"), [(nn.Dropout, (64, 50)), (nn.Dropout2d, (64, 50, 3, 3)), (nn.Dropout1d, (64, 50, 4))])
+def test_our_dropout_drops_what_torchs_drops(layer: type[nn.Module], shape: tuple[int, ...]):
+    """Rate, scaling and channelwise masks."""
+    objective = Objective(nn.Sequential(layer(0.3), nn.Linear(shape[-1], 1)), squared_error)
+    drop = objective._modules[True][0]
+    out = drop(torch.ones(shape))
+    assert out.unique().tolist() == pytest.approx([0.0, 1 / 0.7])
+    assert float((out == 0).float().mean()) == pytest.approx(0.3, abs=0.05)
+    if layer is not nn.Dropout:
+        assert (out.flatten(2).std(dim=2) == 0).all()
+
+
+def test_weights_survive_the_round_trip_and_frozen_parameters_are_left_out():
+    net = _net()
+    net[0].bias.requires_grad_(False)
+    objective = Objective(net, cross_entropy)
+    assert objective.D == sum(p.numel() for p in net.parameters()) - 8
+    w = torch.randn(objective.D, dtype=torch.float64)
+    loaded = objective.load_into(_net(), w)
+    assert_close(torch.cat([p.reshape(-1) for k, p in loaded.named_parameters() if k != "0.bias"]), w)
+    assert_close(loaded[0].bias.detach(), net[0].bias)
+    assert objective.units().tolist()[:4] == [0, 0, 0, 0]
+    assert len(objective.units()) == objective.D
+
+
+def test_the_users_module_is_never_changed(batch: Batch):
+    net = _net(0.5)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    objective = Objective(net, cross_entropy, reach={"p": find_reach(_net, 0.0, 0.8)})
+    objective.train_loss(torch.randn(2, objective.D, dtype=torch.float64), {"p": torch.tensor([0.1, 0.2])}, batch.repeat(2))
+    assert type(net[2]) is nn.Dropout
+    assert net[2].p == 0.5
+    assert_close(dict(net.state_dict()), before)
+
+
+def test_running_statistics_are_kept_per_fold(batch: Batch):
+    net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)).double()
+    objective = Objective(net, cross_entropy, folds=2)
+    objective.try_stacking(batch.x[0], {})
+    assert not objective.stacked
+    w = objective.initial_weights().expand(2, -1)
+    rows = Batch(torch.cat([batch.x, batch.x + 5]), torch.cat([batch.y, batch.y]))
+    objective.train_loss(w, {}, rows)
+    means = [objective.load_into(net, w[0], fold)[1].running_mean.clone() for fold in (0, 1)]
+    assert not torch.allclose(*means)
+
+
+def test_a_module_that_cannot_be_stacked_falls_back_with_one_warning(batch: Batch):
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 3).double()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x) if self.linear(x).sum() > 0 else self.linear(x)
+
+    objective = Objective(Branching(), cross_entropy)
+    with pytest.warns(UserWarning, match=r"one after the other: Branching does not work under torch.func.vmap"):
+        objective.try_stacking(batch.x[0], {})
+    assert objective.valid_loss(torch.randn(2, objective.D, dtype=torch.float64), batch.repeat(2)).shape == (2,)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda p: nn.Linear(2, 2), "reaches nothing"),
+        (lambda p: nn.Linear(2, 2 + int(p > 0.5)), "architecture"),
+        (lambda p: nn.Sequential(nn.Linear(2, 2), nn.Dropout(p * p)), "not affine"),
+    ],
+)
+def test_a_keyword_that_cannot_be_followed_is_refused(build, message: str):
+    with pytest.raises(ValueError, match=message):
+        find_reach(build, 0.0, 0.8)
+
+
+def test_a_callable_criterion_may_return_rows_or_their_mean(batch: Batch):
+    rows = Objective(_net(), CustomLoss(nn.CrossEntropyLoss(reduction="none")))
+    mean = Objective(_net(), CustomLoss(nn.CrossEntropyLoss()))
+    named = Objective(_net(), cross_entropy)
+    w = named.initial_weights()[None]
+    assert_close(rows.valid_loss(w, batch), named.valid_loss(w, batch))
+    assert_close(mean.valid_loss(w, batch), named.valid_loss(w, batch))
+    with pytest.raises(ValueError, match="one number per row"):
+        Objective(_net(), CustomLoss(lambda out, y: out)).valid_loss(w, batch)
+
+
+def test_minibatches_show_every_row_equally_often_and_are_reproducible():
+    folds = [Rows(torch.arange(5.0), torch.arange(5)), Rows(torch.arange(10.0, 17.0), torch.arange(7))]
+    stream, again = (Minibatches(folds, 3, seed=0) for _ in range(2))
+    assert stream.steps_per_epoch == 3
+    batches = [next(stream) for _ in range(35)]
+    assert all(b.x.shape == (2, 3) for b in batches)
+    first, second = (torch.cat([b.y[k] for b in batches]).bincount() for k in (0, 1))
+    assert first.tolist() == [21] * 5
+    assert second.tolist() == [15] * 7
+    assert all(torch.equal(a.x, next(again).x) for a in batches)
+
+
+def test_row_weights_have_mean_one_in_every_fold():
+    fold = Rows(torch.arange(4.0), torch.arange(4), torch.tensor([1.0, 1.0, 2.0, 4.0]))
+    assert_close(next(Minibatches([fold], 4, seed=0)).weight.mean(), torch.tensor(1.0))

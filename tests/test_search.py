@@ -1,0 +1,375 @@
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from numpy.testing import assert_allclose, assert_array_equal
+from optuna.distributions import FloatDistribution
+from scipy.stats import loguniform, uniform
+from sklearn.base import BaseEstimator, TransformerMixin, clone, is_classifier
+from sklearn.datasets import make_regression
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
+from sklearn.model_selection import KFold, ParameterGrid, StratifiedKFold, cross_val_score
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.estimator_checks import parametrize_with_checks
+from torch import nn
+
+from hypertune import MLP, BestResponse, HyperTrainingSearchCV, TorchClassifier, TorchRegressor
+from hypertune.hypernetworks import HYPERNETWORKS, LowRank
+
+SPACE = {"weight_decay": loguniform(1e-6, 1e1), "module__dropout": uniform(0, 0.8), "label_smoothing": uniform(0, 0.3)}
+NET = TorchClassifier(MLP(hidden=(16,)), max_epochs=20, lr=1e-2, random_state=0)
+
+
+def search(**params) -> HyperTrainingSearchCV:
+    defaults = {"estimator": NET, "param_distributions": SPACE, "cv": 3, "random_state": 0, "scoring": "neg_log_loss"}
+    return HyperTrainingSearchCV(**{**defaults, **params})
+
+
+@pytest.fixture(scope="module")
+def fitted(iris) -> HyperTrainingSearchCV:
+    return search().fit(*iris)
+
+
+# --- scikit-learn's contract ---------------------------------------------------------------------------------------------
+
+
+class GridProposal(HyperTrainingSearchCV):
+    """The proposal replaced by a grid, so that scikit-learn's checks may use any estimator."""
+
+    def _propose_candidates(self):
+        return list(ParameterGrid(self.param_distributions))
+
+
+@pytest.mark.slow
+@parametrize_with_checks([GridProposal(LogisticRegression(), {"C": [0.1, 1.0]}, cv=2, error_score="raise")])
+def test_scikit_learns_own_checks(estimator, check):
+    check(estimator)
+
+
+@pytest.mark.slow
+@parametrize_with_checks([
+    HyperTrainingSearchCV(
+        TorchClassifier(dtype="float64", lr=1e-2, max_epochs=40, random_state=0),
+        {"weight_decay": loguniform(1e-6, 1e-1)}, cv=2, error_score="raise", random_state=0,
+    )
+])  # fmt: skip
+def test_scikit_learns_own_checks_with_a_torch_estimator(estimator, check):
+    check(estimator)
+
+
+def test_what_is_fitted_is_scikit_learns(fitted, iris):
+    X, y = iris
+    assert is_classifier(fitted)
+    assert fitted.n_splits_ == 3
+    assert fitted.refit_time_ > 0
+    assert fitted.best_index_ == fitted.cv_results_["rank_test_score"].argmin()
+    assert fitted.best_score_ == fitted.cv_results_["mean_test_score"].max()
+    assert len(pd.DataFrame(fitted.cv_results_)) == 2
+    assert_array_equal(fitted.predict(X), fitted.best_estimator_.predict(X))
+    for name, value in fitted.best_params_.items():
+        assert type(value) is float
+        low, high = SPACE[name].support()
+        assert low <= value <= high
+    again = clone(NET).set_params(**fitted.best_params_).fit(X, y)
+    assert_array_equal(again.predict_proba(X), fitted.predict_proba(X))
+
+
+def test_the_estimators_own_setting_is_verified_too(iris):
+    """... moved into the bounds; so the search never hands back something that scored worse."""
+    found = search(estimator=clone(NET).set_params(weight_decay=1e-3, module__dropout=0.1, label_smoothing=0.05)).fit(*iris)
+    own = found.cv_results_["params"][1]
+    assert own == {"weight_decay": pytest.approx(1e-3), "module__dropout": pytest.approx(0.1), "label_smoothing": pytest.approx(0.05)}
+    assert found.best_score_ >= found.cv_results_["mean_test_score"][1]
+
+
+def test_nothing_of_the_users_is_changed(iris):
+    X, y = (a.copy() for a in iris)
+    net = clone(NET)
+    made = search(estimator=net)
+    before = repr(made)
+    torch.manual_seed(5)
+    rng = torch.get_rng_state()
+    made.fit(X, y)
+    assert repr(made) == before
+    assert made.estimator is net
+    assert not hasattr(net, "module_")
+    assert_array_equal(X, iris[0])
+    assert torch.equal(torch.get_rng_state(), rng)
+
+
+def test_the_same_seed_gives_the_same_result(fitted, iris):
+    again = search().fit(*iris)
+    assert again.best_params_ == fitted.best_params_
+    assert_array_equal(again.cv_results_["mean_test_score"], fitted.cv_results_["mean_test_score"])
+    assert_array_equal(again.history_["validation_loss"], fitted.history_["validation_loss"])
+    other = search(random_state=1).fit(*iris)
+    assert other.best_response_.params != fitted.best_response_.params
+
+
+def test_another_proposal_can_be_put_in_its_place(iris):
+    found = GridProposal(LogisticRegression(), {"C": [0.01, 1.0]}, cv=3).fit(*iris)
+    assert list(found.cv_results_["param_C"]) == [0.01, 1.0]
+
+
+def test_it_goes_where_a_grid_search_goes(iris):
+    """In a pipeline, over a pipeline, inside cross_val_score, with several metrics, pickled."""
+    X, y = iris
+    assert cross_val_score(make_pipeline(StandardScaler(), search(scoring=None)), X, y, cv=2).min() > 0.8
+    over = search(
+        estimator=Pipeline([("scale", StandardScaler()), ("net", NET)]),
+        param_distributions={f"net__{k}": v for k, v in SPACE.items()},
+        scoring=["neg_log_loss", "accuracy"], refit="accuracy", return_train_score=True,
+    ).fit(X, y)  # fmt: skip
+    assert set(over.best_params_) == {f"net__{k}" for k in SPACE}
+    assert over.best_score_ > 0.9
+    assert "mean_train_accuracy" in over.cv_results_
+    travelled = pickle.loads(pickle.dumps(over))
+    assert_array_equal(travelled.predict_proba(X), over.predict_proba(X))
+    assert travelled.best_response_.validation_loss() == over.best_response_.validation_loss()
+
+
+class Recorder(TransformerMixin, BaseEstimator):
+    seen: list = []  # noqa: RUF012
+
+    def fit(self, X, y=None):
+        Recorder.seen.append(X[:, -1].copy())
+        return self
+
+    def transform(self, X):
+        return X[:, :-1]
+
+
+def test_preprocessing_is_fitted_inside_each_fold_and_no_outer_row_leaks(iris):
+    X, y = iris
+    X = np.column_stack([X, np.arange(len(X))])
+    Recorder.seen = []
+    outer = list(StratifiedKFold(2).split(X, y))
+    inner = search(
+        estimator=Pipeline([("record", Recorder()), ("net", NET)]),
+        param_distributions={"net__weight_decay": loguniform(1e-4, 1)}, scoring=None,
+    )  # fmt: skip
+    cross_val_score(inner, X, y, cv=outer)
+    per_outer = len(Recorder.seen) // 2
+    for k, (train, test) in enumerate(outer):
+        fits = Recorder.seen[k * per_outer : (k + 1) * per_outer]
+        assert not any(set(rows) & set(test) for rows in fits)
+        assert any(set(rows) == set(train) for rows in fits)  # the refit
+        assert sum(len(rows) < len(train) for rows in fits) == per_outer - 1
+
+
+# --- hyper-training -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hypernetwork", [*HYPERNETWORKS, LowRank(rank=3)])
+@pytest.mark.parametrize("algorithm", ["joint", "global", "simplified"])
+def test_every_algorithm_with_every_hypernetwork(iris, algorithm, hypernetwork):
+    found = search(algorithm=algorithm, hypernetwork=hypernetwork, evaluate="hypernetwork").fit(*iris)
+    history = found.history_
+    assert set(history) == {"step", "seconds", "epoch", "train_loss", "validation_loss", *SPACE}
+    assert all(np.isfinite(values).all() and len(values) == len(history["step"]) for values in history.values())
+    assert history["validation_loss"][-1] < history["validation_loss"][0]
+    assert any(np.ptp(history[name]) > 0 for name in SPACE)
+
+
+def test_joint_finds_what_a_grid_finds(breast_cancer):
+    """One weight decay on an overfitting logistic regression: λ̂'s validation loss against a fine grid's, retrained."""
+    X, y = breast_cancer
+    X, y = np.column_stack([X, np.random.default_rng(0).normal(size=(len(X), 60))])[:200], y[:200]
+    net = TorchClassifier(MLP(hidden=()), max_epochs=200, lr=1e-2, random_state=0)
+    found = search(estimator=net, param_distributions={"weight_decay": loguniform(1e-5, 1e1)}).fit(X, y)
+    grid = {wd: -cross_val_score(clone(net).set_params(weight_decay=wd), X, y, cv=3, scoring="neg_log_loss").mean()
+            for wd in np.geomspace(1e-3, 1, 7)}  # fmt: skip
+    start = -found.cv_results_["mean_test_score"][1]
+    assert -found.best_score_ < min(grid.values()) + 0.05 * (start - min(grid.values()))
+
+
+def test_the_hypernetwork_can_be_the_judge(iris):
+    """evaluate="hypernetwork": scores are those of w_φ(λ̂) on every fold, and nothing is retrained but the refit."""
+    X, y = iris
+    found = search(evaluate="hypernetwork").fit(X, y)
+    assert len(found.cv_results_["params"]) == 1
+    scores = []
+    for k, (_, valid) in enumerate(StratifiedKFold(3).split(X, y)):
+        judged = found.best_response_.estimator_at(found.best_params_, fold=k)
+        scores.append(-log_loss(y[valid], judged.predict_proba(X[valid])))
+        assert found.cv_results_[f"split{k}_test_score"][0] == pytest.approx(scores[-1], rel=1e-6)
+    assert found.best_score_ == pytest.approx(np.mean(scores))
+    assert -found.best_score_ == pytest.approx(found.best_response_.validation_loss(), rel=1e-5)
+    assert not hasattr(found.best_estimator_, "_responses") or found.best_estimator_._responses == ()
+    assert len(found.best_estimator_.loss_curve_) == NET.max_epochs
+
+
+def test_the_best_response_answers_at_any_setting(fitted, iris):
+    X, y = iris
+    response = fitted.best_response_
+    assert isinstance(response, BestResponse)
+    at = {"weight_decay": 1e-2, "module__dropout": 0.1, "label_smoothing": 0.05}
+    net = response.estimator_at(at)
+    assert net.get_params()["weight_decay"] == 1e-2
+    assert net.module_[3].p == 0.1
+    assert net.score(X, y) > 0.8
+    assert response.validation_loss(at) != response.validation_loss()
+    curve = response.validation_curve("weight_decay", [1e-4, 1e-2, 1e0])
+    assert curve.shape == (3, 3)
+    assert curve[1].mean() == pytest.approx(response.validation_loss({"weight_decay": 1e-2}), rel=1e-5)
+    assert {k: tuple(w.shape) for k, w in response.weights(at, fold=1).items()} == {
+        k: tuple(p.shape) for k, p in net.module_.named_parameters()
+    }
+    with pytest.raises(ValueError, match="'lr' was not tuned"):
+        response.validation_loss({"lr": 0.1})
+    with pytest.raises(ValueError, match="outside its declared range"):
+        response.estimator_at({"weight_decay": 100.0})
+
+
+def test_a_pipelines_best_response_is_a_pipeline(iris):
+    X, y = iris
+    found = search(
+        estimator=Pipeline([("scale", StandardScaler()), ("net", NET)]),
+        param_distributions={"net__weight_decay": loguniform(1e-4, 1)},
+    ).fit(X * 7 + 3, y)
+    at = found.best_response_.estimator_at()
+    assert isinstance(at, Pipeline)
+    assert at.score(X * 7 + 3, y) > 0.9
+
+
+def test_the_papers_constants_are_within_reach(iris):
+    """Adam 1e-4 for everything at a constant rate, σ² = 1e-5, two sampled λ, p(λ) = N(0, 1.5²), one step each."""
+    paper = {"response_optimizer": "plain", "hyper_lr": 1e-4, "hyper_eps": 1e-8, "hyper_lr_schedule": "constant",
+             "warmup": 0.0, "averaging": 0.0, "n_samples": 2, "evaluate": "hypernetwork", "max_epochs": 3}  # fmt: skip
+    net = clone(NET).set_params(lr=1e-4, lr_schedule="constant", weight_decay=1.0)
+    space = {"weight_decay": loguniform(1e-5, 1e5)}
+    for specific in ({"scale": 1e-5**0.5}, {"algorithm": "global", "hypernetwork": "mlp", "scale": 1.5}):
+        found = search(estimator=net, param_distributions=space, **paper, **specific).fit(*iris)
+        assert np.isfinite(found.best_score_)
+
+
+def test_regression_weights_and_optuna_distributions():
+    X, y = make_regression(120, 8, noise=30, random_state=0)
+    net = TorchRegressor(MLP(hidden=(16,)), max_epochs=30, lr=1e-2, random_state=0)
+    space = {"weight_decay": FloatDistribution(1e-5, 1e1, log=True), "input_noise": FloatDistribution(0.0, 1.0)}
+    weight = np.r_[np.ones(100), np.zeros(20)]
+    found = search(estimator=net, param_distributions=space, scoring=None, cv=KFold(3)).fit(X, y, sample_weight=weight)
+    assert found.best_score_ > 0.5
+    weighted = search(estimator=net, param_distributions=space, scoring=None, cv=KFold(3)).fit(X, y)
+    assert weighted.best_response_.params != found.best_response_.params
+
+
+def test_a_module_that_cannot_be_stacked_is_tuned_one_fold_after_the_other(iris):
+    class Normed(nn.Module):
+        def __init__(self, n: int, m: int):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(n, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, m))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layers(x)
+
+    found = search(estimator=clone(NET).set_params(module=Normed), param_distributions={"weight_decay": loguniform(1e-6, 1)}).fit(*iris)
+    assert found.best_score_ > -0.3
+    assert found.best_response_.estimator_at().score(*iris) > 0.9
+
+
+# --- bad input gets a clear error before any training -------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("training has begun")
+
+    monkeypatch.setattr("hypertune.response.Minibatches", refuse)
+    monkeypatch.setattr("hypertune.estimator.Minibatches", refuse)
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ({"weigth_decay": uniform(0, 1)}, r"\['weigth_decay'\]: TorchClassifier has no such parameter; did you mean 'weight_decay'"),
+        ({"dropout": uniform(0, 0.5)}, r"did you mean .*'module__dropout'"),
+        ({}, "nothing to tune"),
+        ({"weight_decay": loguniform(0.0, 1.0)}, r"\['weight_decay'\].*0 < low < high"),
+        ({"lr": loguniform(1e-4, 1e-1)}, r"\['lr'\]: 'lr' does not change the loss.*section 2.2.*outer search"),
+        ({"batch_size": uniform(10, 50)}, r"\['batch_size'\].*outer search"),
+        ({"optimizer": ["adam", "sgd"]}, r"\['optimizer'\]: a list of choices.*outer search"),
+        ({"weight_decay": uniform(-1, 2)}, r"\['weight_decay'\]: the range \[-1, 1\] must lie in \[0, inf\]"),
+        ({"label_smoothing": uniform(0, 2)}, r"\['label_smoothing'\]: the range \[0, 2\] must lie in \[0, 1\]"),
+        ({"module__dropout": uniform(0, 1.5)}, r"\['module__dropout'\].*a dropout rate must lie in \[0, 1\)"),
+        ({"module__activation": uniform(0, 1)}, r"\['module__activation'\]|activation="),
+        ({"module__ignored": uniform(0, 1)}, r"\['module__ignored'\]: it reaches nothing in the model"),
+    ],
+)
+@pytest.mark.usefixtures("no_training")
+def test_bad_spaces_are_refused_by_name(iris, space, message):
+    class Ignoring(MLP):
+        def __init__(self, hidden=(8,), dropout=0.0, input_dropout=0.0, activation="relu", ignored=0.0):
+            super().__init__(hidden, dropout, input_dropout, activation)
+            self.ignored = ignored
+
+    with pytest.raises(ValueError, match=message):
+        search(estimator=clone(NET).set_params(module=Ignoring()), param_distributions=space).fit(*iris)
+
+
+@pytest.mark.parametrize(
+    ("params", "error", "message"),
+    [
+        ({"estimator": LogisticRegression()}, TypeError, "tunes a TorchClassifier or TorchRegressor.*got LogisticRegression"),
+        ({"algorithm": "unrolled"}, ValueError, r"algorithm='unrolled'\): choose one of \['joint', 'global', 'simplified'\]"),
+        ({"hypernetwork": "lineal"}, ValueError, "hypernetwork='lineal'"),
+        ({"hypernetwork": 3}, TypeError, "hypernetwork=3"),
+        ({"evaluate": "no"}, ValueError, "evaluate='no'"),
+        ({"warmup": 1.5}, ValueError, "warmup=1.5"),
+        ({"scale": -1.0}, ValueError, "scale=-1.0"),
+        ({"n_samples": 0}, ValueError, "n_samples=0"),
+        ({"cv": 200}, ValueError, "n_splits=200|number of members"),
+        ({"estimator": Pipeline([("s", StandardScaler()), ("net", NET)]), "param_distributions": {"s__with_mean": uniform(0, 1)}},
+         ValueError, r"\['s__with_mean'\]: it belongs to a preprocessing step"),
+        ({"estimator": clone(NET).set_params(module=lambda n, m: None), "param_distributions": {"l1": uniform(0, 1)}},
+         TypeError, "returned NoneType"),
+        ({"estimator": clone(NET).set_params(module=lambda n, m: nn.Linear(n, 7)), "param_distributions": {"l1": uniform(0, 1)}},
+         ValueError, r"expected \(2, 3\)"),
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("no_training")
+def test_bad_parameters_are_refused(iris, params, error, message):
+    with pytest.raises(error, match=message):
+        search(**params).fit(*iris)
+
+
+@pytest.mark.usefixtures("no_training")
+def test_bad_data_are_refused(iris):
+    X, y = iris
+    with pytest.raises(ValueError, match="requires y to be passed"):
+        search().fit(X)
+    with pytest.raises(ValueError, match="NaN"):
+        search().fit(np.where(X > 2, np.nan, X), y)
+    with pytest.raises(ValueError, match="infinity"):
+        search().fit(np.where(X > 2, np.inf, X), y)
+    with pytest.raises(ValueError, match="class"):
+        search().fit(X, np.zeros(len(X)))
+
+
+def test_divergence_is_reported_with_step_and_lam(iris):
+    net = TorchRegressor(MLP(hidden=()), optimizer="sgd", lr=1e6, lr_schedule="constant", max_epochs=20, random_state=0)
+    with pytest.raises(ValueError, match=r"Hyper-training diverged before step \d+.*λ̂ = {'weight_decay'"):
+        search(estimator=net, param_distributions={"weight_decay": loguniform(1e-3, 1)}, scoring=None).fit(*iris)
+
+
+def test_a_seed_is_kept_by_threads(iris):
+    """Two searches in threads at once give what each gives alone."""
+    from joblib import Parallel, delayed
+
+    X, y = iris
+    alone = [search(random_state=s, max_epochs=4).fit(X, y).best_response_.params for s in (0, 1)]
+    threads = Parallel(n_jobs=2, backend="threading")(delayed(search(random_state=s, max_epochs=4).fit)(X, y) for s in (0, 1))
+    assert [t.best_response_.params for t in threads] == alone
+
+
+def test_n_jobs_changes_nothing(fitted, iris):
+    again = search(n_jobs=2).fit(*iris)
+    assert again.best_params_ == fitted.best_params_
+    assert_allclose(again.cv_results_["mean_test_score"], fitted.cv_results_["mean_test_score"], rtol=1e-6)
