@@ -1,5 +1,5 @@
 """Benchmarks: hypertune next to the searches it has to beat, on the same estimator, folds and seconds.
 
-    python -m benchmarks list
-    python -m benchmarks digits --seeds 5
+python -m benchmarks list
+python -m benchmarks digits --seeds 5
 """

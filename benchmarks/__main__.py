@@ -23,7 +23,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("name", choices=[*NAMES, "list"], metavar="NAME", help=f"one of {', '.join(NAMES)}; or list")
     parser.add_argument("--seeds", type=int, default=1, help="number of seeds (default 1)")
     parser.add_argument("--mnist", metavar="DIR", default=None, help="folder of MNIST's IDX files")
-    parser.add_argument("--out", metavar="DIR", type=Path, default=Path(__file__).parent / "out", help="where results go")
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, default=Path(__file__).parent / "out", help="where results go"
+    )
     arguments = parser.parse_args(argv)
     if arguments.name == "list":
         for name, line in NAMES.items():

@@ -44,19 +44,20 @@ def compare(make: Callable[[int], Problem], seeds: int, out: Path, *, tpe_trials
                 bar.update()
     out.mkdir(parents=True, exist_ok=True)
     report.save(rows, problem.name, out / f"{problem.name}.json")
-    title = f"{problem.name}: {problem.estimator.__class__.__name__}, {len(problem.space)} hyperparameters, {seeds} seed(s)"
+    title = (
+        f"{problem.name}: {problem.estimator.__class__.__name__}, {len(problem.space)} hyperparameters, {seeds} seed(s)"
+    )
     report.picture(rows, problem.space, title, out / f"{problem.name}.png")
     print(f"\n{title}\n{report.table([found for _, found in rows])}")
-    found = [row for _, row in rows]
-    ours = np.array([r.seconds for r in found if r.solver == "hypertune"])
     if tpe_trials:
-        theirs = np.array([r.seconds for r in found if r.solver == f"tpe-{tpe_trials}"])
-        gap = [a.cv_loss - b.cv_loss for a, b in zip(
-            [r for r in found if r.solver == "hypertune"], [r for r in found if r.solver == f"tpe-{tpe_trials}"], strict=True
-        )]  # fmt: skip
+        ours, theirs = (
+            [row for _, row in rows if row.solver == solver] for solver in ("hypertune", f"tpe-{tpe_trials}")
+        )
+        ratio = np.median([b.seconds / a.seconds for a, b in zip(ours, theirs, strict=True)])
+        gap = np.median([a.cv_loss - b.cv_loss for a, b in zip(ours, theirs, strict=True)])
         print(
-            f"\nTPE's {tpe_trials} trials took {np.median(theirs / ours):.1f} × our seconds (median over seeds); "
-            f"our validation loss minus its best: {np.median(gap):+.4f} (median)."
+            f"\nTPE's {tpe_trials} trials took {ratio:.1f} × our seconds (median over seeds); our validation loss minus "
+            f"its best: {gap:+.4f} (median)."
         )
     print(f"\nWritten: {out / problem.name}.json and .png")
-    return found
+    return [found for _, found in rows]

@@ -22,8 +22,16 @@ def measure_step_cost(repeats: int = 5) -> float:
     rng = np.random.default_rng(0)
     X, y = rng.random((5_500, 784), dtype=np.float32), rng.integers(0, 10, 5_500)
     split = [(np.arange(5_000), np.arange(5_000, 5_500))]
-    net = TorchClassifier(three_dropouts, lr=1e-3, batch_size=250, max_epochs=_EPOCHS, weight_decay=1e-4, random_state=0)
-    net.set_params(module__dropout_0=0.1, module__dropout_1=0.2, module__dropout_2=0.2, label_smoothing=0.1, input_noise=0.1)
+    net = TorchClassifier(
+        three_dropouts, lr=1e-3, batch_size=250, max_epochs=_EPOCHS, weight_decay=1e-4, random_state=0
+    )
+    net.set_params(
+        module__dropout_0=0.1,
+        module__dropout_1=0.2,
+        module__dropout_2=0.2,
+        label_smoothing=0.1,
+        input_noise=0.1,
+    )
     space = {
         "weight_decay": loguniform(1e-6, 1e0),
         "label_smoothing": uniform(0, 0.3),
@@ -32,7 +40,9 @@ def measure_step_cost(repeats: int = 5) -> float:
         "module__dropout_1": uniform(0, 0.8),
         "module__dropout_2": uniform(0, 0.8),
     }
-    search = HyperTrainingSearchCV(net, space, cv=split, evaluate="hypernetwork", refit=False, warmup=0.0, random_state=0)
+    search = HyperTrainingSearchCV(
+        net, space, cv=split, evaluate="hypernetwork", refit=False, warmup=0.0, random_state=0
+    )
     plain, ours = [], []
     for _ in range(repeats + 1):
         plain.append(_seconds(lambda: net.fit(X[:5_000], y[:5_000])))

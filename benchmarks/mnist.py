@@ -13,7 +13,12 @@ from torch import nn
 from hypertune import model_factory
 
 VARIABLE = "HYPERTUNE_MNIST_DIR"
-_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+_FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
 
 
 def load(directory: str | Path | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -71,7 +76,12 @@ def _read_idx(directory: Path, name: str) -> np.ndarray:
 
 @model_factory
 def three_dropouts(
-    n_features_in: int, n_outputs: int, *, dropout_0: float = 0.0, dropout_1: float = 0.0, dropout_2: float = 0.0
+    n_features_in: int,
+    n_outputs: int,
+    *,
+    dropout_0: float = 0.0,
+    dropout_1: float = 0.0,
+    dropout_2: float = 0.0,
 ) -> nn.Module:
     """784-256-256-10 with a dropout rate of its own before every linear layer."""
     return nn.Sequential(

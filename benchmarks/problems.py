@@ -77,9 +77,7 @@ def mnist_mlp(seed: int, directory: str | None) -> Problem:
     """
     X, y, X_test, y_test = mnist.load(directory)
     rows = np.random.default_rng(seed).choice(50_000, 5_000, replace=False)
-    estimator = TorchClassifier(
-        mnist.three_dropouts, lr=1e-3, batch_size=250, max_epochs=40, random_state=seed
-    )
+    estimator = TorchClassifier(mnist.three_dropouts, lr=1e-3, batch_size=250, max_epochs=40, random_state=seed)
     return Problem(
         "mnist-mlp",
         seed,

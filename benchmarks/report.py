@@ -57,9 +57,23 @@ def picture(rows: Sequence[tuple[int, Found]], space: Mapping[str, Any], title: 
         elif found.path:
             label = "hypertune: hypernetwork's weights while training" if label else None
             top.plot(*zip(*found.curve, strict=True), color=color, lw=1, alpha=0.7, label=label)
-            top.plot(found.seconds, found.cv_loss, "*", color=color, ms=12, label="hypertune: retrained, verified" if label else None)
+            top.plot(
+                found.seconds,
+                found.cv_loss,
+                "*",
+                color=color,
+                ms=12,
+                label="hypertune: retrained, verified" if label else None,
+            )
         else:
-            top.step(*zip(*found.curve, strict=True), color=color, lw=1, where="post", label=label, ls="--" if "-" in found.solver else "-")
+            top.step(
+                *zip(*found.curve, strict=True),
+                color=color,
+                lw=1,
+                where="post",
+                label=label,
+                ls="--" if "-" in found.solver else "-",
+            )
     top.set(xlabel="seconds", ylabel="best validation log-loss (nats)", yscale="log", title=title)
     top.legend(fontsize=8)
 
@@ -68,7 +82,11 @@ def picture(rows: Sequence[tuple[int, Found]], space: Mapping[str, Any], title: 
     for h in declared.hyperparameters:
         lam = np.array([h.encode(value) for value in path_of[h.name]])
         bottom.plot(path_of["epoch"], (lam - h.low) / (h.high - h.low), label=h.name.rpartition("__")[2])
-    bottom.set(xlabel="epoch of the hyper-training", ylabel="λ̂, from its lower to its upper bound", ylim=(-0.03, 1.03))
+    bottom.set(
+        xlabel="epoch of the hyper-training",
+        ylabel="λ̂, from its lower to its upper bound",
+        ylim=(-0.03, 1.03),
+    )
     bottom.legend(fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -70,7 +70,13 @@ def hypertune(problem: Problem, seconds: float, trials: int | None) -> Found:
         verbose=0,
     ).fit(problem.X, problem.y)
     history = search.history_
-    curve = list(zip(history["seconds"].tolist(), np.minimum.accumulate(history["validation_loss"]).tolist(), strict=True))
+    curve = list(
+        zip(
+            history["seconds"].tolist(),
+            np.minimum.accumulate(history["validation_loss"]).tolist(),
+            strict=True,
+        )
+    )
     return Found(
         search.best_params_,
         len(search.cv_results_["params"]),
@@ -83,7 +89,8 @@ def hypertune(problem: Problem, seconds: float, trials: int | None) -> Found:
 def tpe(problem: Problem, seconds: float, trials: int | None) -> Found:
     """Optuna's TPE with Optuna 5's defaults; a trial that has begun when the seconds are over is finished and counts."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    start, curve = time.perf_counter(), []
+    start = time.perf_counter()
+    curve: list[tuple[float, float]] = []
 
     def objective(trial: optuna.Trial) -> float:
         params = {}
@@ -106,7 +113,13 @@ def random(problem: Problem, seconds: float, trials: int | None) -> Found:
         _cv_loss(problem, {})
         trials = max(1, int(np.ceil(seconds / (time.perf_counter() - start))))
     search = RandomizedSearchCV(
-        problem.estimator, problem.space, n_iter=trials, cv=problem.cv, scoring=SCORING, refit=False, random_state=problem.seed
+        problem.estimator,
+        problem.space,
+        n_iter=trials,
+        cv=problem.cv,
+        scoring=SCORING,
+        refit=False,
+        random_state=problem.seed,
     ).fit(problem.X, problem.y)
     results = search.cv_results_
     each = (results["mean_fit_time"] + results["mean_score_time"]) * search.n_splits_

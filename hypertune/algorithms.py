@@ -145,7 +145,9 @@ def simplified(
     number = 0
     while True:
         number += 1
-        train = _descend_phi(problem, hypernetwork, phi_optimizer, lam_hat.detach()[None])  # φ ← φ − α ∇_φ L_Train(w_φ(λ̂), λ̂, x)
+        train = _descend_phi(
+            problem, hypernetwork, phi_optimizer, lam_hat.detach()[None]
+        )  # φ ← φ − α ∇_φ L_Train(w_φ(λ̂), λ̂, x)
         valid = None
         if number > warmup and number % every == 0:
             valid = _descend_lam(problem, hypernetwork, lam_hat, lam_optimizer)  # λ̂ ← λ̂ − β ∇_λ̂ L_Valid(w_φ(λ̂), x)
@@ -210,9 +212,7 @@ def _weights(hypernetwork: Hypernetwork, features: Tensor) -> Tensor:
     return w.requires_grad_()
 
 
-def _descend_phi(
-    problem: Problem, hypernetwork: Hypernetwork, phi_optimizer: ResponseOptimizer, lam: Tensor
-) -> Tensor:
+def _descend_phi(problem: Problem, hypernetwork: Hypernetwork, phi_optimizer: ResponseOptimizer, lam: Tensor) -> Tensor:
     features = hypernetwork.features(lam)
     w = _weights(hypernetwork, features)
     loss = problem.train_loss(w, lam, next(problem.train_batches))

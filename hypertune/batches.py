@@ -37,7 +37,8 @@ class Batch(NamedTuple):
         """Every model's rows m times over, for m weights per model; no copy of the rows is made for m = 1."""
         if m == 1:
             return self
-        return Batch(*(None if t is None else t.repeat_interleave(m, dim=0) for t in self))
+        weight = None if self.weight is None else self.weight.repeat_interleave(m, dim=0)
+        return Batch(self.x.repeat_interleave(m, dim=0), self.y.repeat_interleave(m, dim=0), weight)
 
 
 class Minibatches(Iterator[Batch]):

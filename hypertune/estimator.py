@@ -159,7 +159,7 @@ class TorchEstimator(BaseEstimator):
 
     def _build_module(self) -> nn.Module:
         """A fresh module from the factory, on the device; raises TypeError if the factory makes no module."""
-        factory = MLP() if self.module is None else self.module
+        factory: Any = MLP() if self.module is None else self.module
         if isinstance(factory, nn.Module) or not callable(factory):
             raise TypeError(
                 f"{type(self).__name__}(module={self.module!r}): expected a factory (n_features_in, n_outputs) -> nn.Module, "
@@ -392,8 +392,25 @@ class TorchRegressor(RegressorMixin, TorchEstimator):
         targets, both (B, n_outputs).
     weight_decay, l1, input_noise : float, default=0.0
         As in :class:`TorchClassifier`.
-    optimizer, lr, lr_schedule, batch_size, max_epochs, device, dtype, random_state, verbose
-        As in :class:`TorchClassifier`.
+    optimizer : {"adam", "sgd"} or callable, default="adam"
+        "sgd" has momentum 0.9. A callable gets (params, lr=...) and returns a torch optimizer.
+    lr : float, default=3e-3
+        Learning rate at the start.
+    lr_schedule : {"cosine", "constant"}, default="cosine"
+        How the learning rate changes over the run; "cosine" ends at zero.
+    batch_size : int, default=64
+        Rows of a minibatch; all rows if there are fewer.
+    max_epochs : int, default=100
+        Passes through the data.
+    device : str, default="cpu"
+        Torch device that holds data and model.
+    dtype : {"float32", "float64"}, default="float32"
+        Precision of data and model.
+    random_state : int, RandomState instance or None, default=None
+        Seeds initial weights, minibatch order and noise. None takes fresh entropy from the operating system. Global
+        random states are never touched.
+    verbose : int, default=0
+        If positive, one line per epoch.
 
     Attributes
     ----------

@@ -126,7 +126,7 @@ class Hypernetwork(nn.Module):
             if self.units is None:
                 self.V.baddbmm_(features.transpose(1, 2) / power, G, alpha=-1.0)
             else:
-                self.V -= self.V_gradient(features, G) / power
+                self.V.sub_(self.V_gradient(features, G) / power)
 
     def pull_back(self, features: Tensor, G: Tensor) -> Tensor:
         """∂/∂features of Σ_m ⟨G, w⟩, shape (K, m, r)."""
@@ -199,10 +199,13 @@ class Gated:
     def build(self, w0: Tensor, center: Tensor, units: Tensor) -> Hypernetwork:
         """See :class:`Builder`."""
         K, n_units = len(w0), int(units.max()) + 1
-        basis = _Sequence(
-            _Affine(K, len(center), self.hidden, w0), nn.Tanh(), _Affine(K, self.hidden, n_units, w0)
-        )
+        basis = _Sequence(_Affine(K, len(center), self.hidden, w0), nn.Tanh(), _Affine(K, self.hidden, n_units, w0))
         return Hypernetwork(basis, w0, center, units.to(w0.device))
 
 
-HYPERNETWORKS: dict[str, Builder] = {"linear": Linear(), "low_rank": LowRank(), "mlp": ReluMLP(), "gated": Gated()}
+HYPERNETWORKS: dict[str, Builder] = {
+    "linear": Linear(),
+    "low_rank": LowRank(),
+    "mlp": ReluMLP(),
+    "gated": Gated(),
+}

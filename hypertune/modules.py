@@ -26,7 +26,6 @@ def is_zero(value: Value) -> bool:
     return not isinstance(value, Tensor) and value == 0
 
 
-
 class TensorDropout(nn.Module):
     """``nn.Dropout`` (or 1d/2d/3d) with a rate that may be a tensor, in place of it in our copy of the module.
 
@@ -42,19 +41,24 @@ class TensorDropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or is_zero(self.p):
             return x
-        cells = x[(..., *(slice(0, 1),) * (x.dim() - 2))] if self.channelwise else x
+        cells = x.flatten(2)[..., :1].view(*x.shape[:2], *(1,) * (x.dim() - 2)) if self.channelwise else x
         keep = torch.rand_like(cells) >= self.p
         return x * keep / (1 - self.p)
 
 
-_STOCK_DROPOUT = {nn.Dropout: False, nn.Dropout1d: True, nn.Dropout2d: True, nn.Dropout3d: True}
+_STOCK_DROPOUT: dict[type[nn.Module], bool] = {
+    nn.Dropout: False,
+    nn.Dropout1d: True,
+    nn.Dropout2d: True,
+    nn.Dropout3d: True,
+}
 
 
 def with_tensor_dropout(module: nn.Module) -> nn.Module:
     """A copy of the module in which every stock dropout accepts a tensor as its rate."""
     module = copy.deepcopy(module)
     if type(module) in _STOCK_DROPOUT:
-        return TensorDropout(module.p, _STOCK_DROPOUT[type(module)])  # type: ignore[index, arg-type]
+        return TensorDropout(module.p, _STOCK_DROPOUT[type(module)])  # type: ignore[arg-type]
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if type(child) in _STOCK_DROPOUT:

@@ -79,7 +79,10 @@ def absolute_error(outputs: Tensor, y: Tensor, smoothing: Value = 0.0) -> Tensor
     return (outputs - y).abs().mean(dim=-1)
 
 
-CLASSIFICATION_LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy, "squared_error": one_hot_squared_error}
+CLASSIFICATION_LOSSES: dict[str, Loss] = {
+    "cross_entropy": cross_entropy,
+    "squared_error": one_hot_squared_error,
+}
 REGRESSION_LOSSES: dict[str, Loss] = {"squared_error": squared_error, "absolute_error": absolute_error}
 
 

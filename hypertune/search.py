@@ -17,14 +17,17 @@ import numpy as np
 from sklearn.base import clone
 from sklearn.model_selection._search import BaseSearchCV
 from sklearn.pipeline import Pipeline
+from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils.metaestimators import _safe_split
 from sklearn.utils.validation import _check_method_params
 
 from hypertune.estimator import TorchEstimator
 from hypertune.hypernetworks import HYPERNETWORKS, Builder
 from hypertune.randomness import draw_seed
-from hypertune.response import Fold, check_names, hyper_train
+from hypertune.response import Fold
 from hypertune.space import Space
+from hypertune.training import hyper_train
+from hypertune.tunable import check_names
 
 _CHOICES = {
     "algorithm": ("joint", "global", "simplified"),
@@ -46,7 +49,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
     estimator : TorchClassifier, TorchRegressor, or a Pipeline that ends in one
         Earlier steps of a Pipeline are fitted inside each fold.
     param_distributions : dict from str to distribution
-        Parameter names, as in ``RandomizedSearchCV``, and continuous distributions: frozen ones of ``scipy.stats``
+        Parameter names, as in ``RandomizedSearchCV``, with continuous distributions: frozen ones of ``scipy.stats``
         (``loguniform``, ``uniform``, ...) or ``optuna.distributions.FloatDistribution``. What can be tuned:
         ``weight_decay``, ``l1``, ``input_noise``, ``label_smoothing``, and every ``module__…`` keyword that reaches a
         dropout rate.
@@ -63,18 +66,18 @@ class HyperTrainingSearchCV(BaseSearchCV):
     max_epochs : int, default=None
         Length of the hyper-training; None means the estimator's own ``max_epochs``.
     scale : float, default=None
-        σ, standard deviation of the sampled hyperparameters around the current ones, in units of λ (a factor of e
+        Standard deviation σ of the sampled hyperparameters around the current ones, in units of λ (a factor of e
         for log distributions, a quarter of the range for bounded ones). None means 0.5 for "joint", and sampling from
         ``param_distributions`` themselves for "global".
     n_samples : int, default=None
-        m, hyperparameter settings sampled per minibatch; an even number is drawn in antithetic pairs. None means 2 for
+        Hyperparameter settings m sampled per minibatch; an even number is drawn in antithetic pairs. None means 2 for
         "joint" and 8 for "global".
     hyper_lr : float, default=0.05
-        β, step size of the hyperparameters' Adam, in units of λ.
+        Step size β of the hyperparameters' Adam, in units of λ.
     hyper_lr_schedule : {"linear", "constant"}, default="linear"
         "linear" lets the step size fall to zero at the end.
     hyper_eps : float, default=0.01
-        ε of that Adam: the slope of the validation loss, per unit of λ, below which steps become small.
+        Epsilon of that Adam: the slope of the validation loss, per unit of λ, below which steps become small.
     warmup : float, default=1/3
         Share of the run before the hyperparameters may move.
     averaging : float, default=0.25
@@ -82,10 +85,25 @@ class HyperTrainingSearchCV(BaseSearchCV):
     response_optimizer : {"tangent", "plain"}, default="tangent"
         "tangent" gives the response the preconditioner of the weights; "plain" is one optimizer for everything, as in
         the paper.
-    scoring, n_jobs, refit, cv, verbose, pre_dispatch, error_score, return_train_score
-        As in ``RandomizedSearchCV``. A positive ``verbose`` also shows a progress bar of the hyper-training.
+    scoring : str, callable, list, tuple or dict, default=None
+        How retrained candidates are scored, as in ``GridSearchCV``; None means the estimator's ``score``. The
+        hyper-training itself descends the estimator's criterion on the validation rows.
+    n_jobs : int, default=None
+        Candidates × folds retrained in parallel. The hyper-training trains all folds in one process.
+    refit : bool, str or callable, default=True
+        Refit the estimator on all the data with the best setting, as in ``GridSearchCV``.
+    cv : int, cross-validation generator or iterable, default=None
+        The splits, as in ``GridSearchCV``. One λ is shared by all of them.
+    verbose : int, default=0
+        As in ``GridSearchCV``; if positive, also a progress bar of the hyper-training.
+    pre_dispatch : int or str, default='2*n_jobs'
+        As in ``GridSearchCV``.
     random_state : int, RandomState instance or None, default=None
         Seeds the hyper-training. The estimator has its own.
+    error_score : 'raise' or numeric, default=np.nan
+        Score of a candidate whose fit fails, as in ``GridSearchCV``.
+    return_train_score : bool, default=False
+        Whether ``cv_results_`` includes training scores.
 
     Attributes
     ----------
@@ -113,8 +131,17 @@ class HyperTrainingSearchCV(BaseSearchCV):
     history_ : dict of arrays
         The hyper-training: "step", "seconds", "epoch", "train_loss" and "validation_loss" (means over folds), and the
         path of each hyperparameter under its name.
-    n_features_in_, feature_names_in_, classes_
-        Those of ``best_estimator_``.
+    n_features_in_ : int
+        Number of features seen during fit; only if ``refit``.
+    feature_names_in_ : ndarray of shape (n_features_in_,)
+        Names of the features, if X had string column names and the estimator keeps them.
+    classes_ : ndarray of shape (n_classes,)
+        Class labels of a classifier; only if ``refit``.
+
+    See Also
+    --------
+    sklearn.model_selection.GridSearchCV : Exhaustive search, one training run per setting and fold.
+    sklearn.model_selection.RandomizedSearchCV : Random search over the same distributions.
 
     References
     ----------
@@ -136,6 +163,8 @@ class HyperTrainingSearchCV(BaseSearchCV):
     >>> sorted(search.best_params_)
     ['torchclassifier__module__dropout', 'torchclassifier__weight_decay']
     """
+
+    estimator: Any
 
     def __init__(
         self,
@@ -213,7 +242,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
         ValueError, TypeError
             Before any training, for a space, data or a model that cannot be tuned; during it, if the loss diverges.
         """
-        own = self.estimator
+        own: Any = self.estimator
         if self.evaluate == "hypernetwork":  # the folds' estimators look their weights up in what is put in here
             self._responses: list[Any] = []
             self.estimator = clone(own)
@@ -265,7 +294,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
             space,
             prefix,
             self._folds(),
-            current,
+            _start(space, current),
             algorithm=self.algorithm,
             hypernetwork=HYPERNETWORKS[self.hypernetwork] if isinstance(self.hypernetwork, str) else self.hypernetwork,
             response_optimizer=self.response_optimizer,
@@ -301,7 +330,8 @@ class HyperTrainingSearchCV(BaseSearchCV):
         X_valid, y_valid = _safe_split(self.estimator, X, y, valid, train)
         preprocess = None
         if isinstance(self.estimator, Pipeline) and len(self.estimator.steps) > 1:
-            preprocess = clone(self.estimator[:-1])
+            # The identity at its end counts as fitted, whatever the user's last transformer says of itself.
+            preprocess = clone(Pipeline([*self.estimator.steps[:-1], ("identity", FunctionTransformer())]))
             X_train = preprocess.fit_transform(X_train, y_train)
             X_valid = preprocess.transform(X_valid)
         net = clone(_net(self.estimator))
@@ -332,7 +362,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
             )
         for parameter in ("max_epochs", "n_samples"):
             value = getattr(self, parameter)
-            if value is not None and not (isinstance(value, numbers.Integral) and value >= 1):
+            if value is not None and not (isinstance(value, int | np.integer) and value >= 1):
                 raise ValueError(f"{name}({parameter}={value!r}): must be an integer of at least 1, or None.")
         for parameter in ("hyper_lr", "hyper_eps", "scale"):
             value = getattr(self, parameter)
@@ -359,6 +389,29 @@ class HyperTrainingSearchCV(BaseSearchCV):
                     f"{where}: it belongs to a preprocessing step, which is fitted and not trained: no gradient reaches it. "
                     "Set it on the pipeline, or give it to an outer search (OptunaSearchCV, GridSearchCV)."
                 )
+            if not isinstance(valid[name], numbers.Real) or isinstance(valid[name], bool):
+                raise ValueError(
+                    f"{where}: its current value {valid[name]!r} is not a number, so there is no gradient to follow. Set it on "
+                    "the estimator, or give it to an outer search (OptunaSearchCV, GridSearchCV)."
+                )
+
+
+def _start(space: Space, current: Mapping[str, float]) -> dict[str, float]:
+    """Where λ̂ starts: at the estimator's own setting, except where that is the bound of a logarithmic range.
+
+    Far down on a logarithmic axis the loss is flat, and a gradient does not lead out of there.
+    """
+    import os
+
+    q = float(os.environ.get("HT_Q", "0.5"))
+    start = dict(current)
+    middle = space.decode(space.quantile(np.full((1, space.n), q))[0])
+    for h in space.hyperparameters:
+        if h.coordinate == "log" and h.encode(current[h.name]) in (h.low, h.high):
+            start[h.name] = middle[h.name]
+        if h.coordinate == "linear" and os.environ.get("HT_L") and h.encode(current[h.name]) in (h.low, h.high):
+            start[h.name] = h.support[0] + float(os.environ["HT_L"]) * (h.support[1] - h.support[0])
+    return start
 
 
 def _net(estimator: Any) -> TorchEstimator:

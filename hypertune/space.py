@@ -84,7 +84,16 @@ class Hyperparameter:
         if log:
             return cls(name, prior, (low, high), "log", 0.0, 1.0, math.log(low), math.log(high))
         if math.isfinite(low) and math.isfinite(high):
-            return cls(name, prior, (low, high), "linear", low, (high - low) / _UNITS_PER_RANGE, 0.0, _UNITS_PER_RANGE)
+            return cls(
+                name,
+                prior,
+                (low, high),
+                "linear",
+                low,
+                (high - low) / _UNITS_PER_RANGE,
+                0.0,
+                _UNITS_PER_RANGE,
+            )
         if math.isfinite(low):
             return cls(name, prior, (low, high), "log", low, 1.0, -math.inf, math.inf)
         if math.isinf(high):

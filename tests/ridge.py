@@ -28,9 +28,7 @@ class Ridge:
         g = torch.Generator().manual_seed(seed)
         X, X_valid = (torch.randn(rows, D, generator=g, dtype=torch.float64) for rows in (N, 200))
         w = 0.5 * torch.randn(D, generator=g, dtype=torch.float64)
-        y, y_valid = (
-            Z @ w + noise * torch.randn(len(Z), generator=g, dtype=torch.float64) for Z in (X, X_valid)
-        )
+        y, y_valid = (Z @ w + noise * torch.randn(len(Z), generator=g, dtype=torch.float64) for Z in (X, X_valid))
         return cls(X, y, X_valid, y_valid)
 
     @property

@@ -119,6 +119,7 @@ def _tune(ridge: Ridge, algorithm: str, name: str, steps: int = 3000) -> tuple[T
     elif algorithm == "simplified":
         run = simplified(problem, hypernetwork, lam_hat, phi, lam_optimizer, warmup=steps // 30)
     else:
+
         def sample(m: int) -> Tensor:
             return -1.0 + 1.5 * torch.randn(m, 1, generator=g, dtype=torch.float64)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-from scipy.stats import beta, expon, halfnorm, loguniform, lognorm, norm, randint, truncnorm, uniform
+from scipy.stats import beta, expon, halfnorm, lognorm, loguniform, norm, randint, truncnorm, uniform
 from torch.testing import assert_close
 
 from hypertune.space import Space

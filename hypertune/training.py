@@ -1,0 +1,258 @@
+"""Hyper-training of a torch estimator on K folds: the parts put together.
+
+Rows and minibatches, the stacked objective, a hypernetwork, one of the algorithms and their optimizers. This room owns the
+loop, the clock and the trace; the mathematics is in :mod:`hypertune.algorithms`.
+
+    response, history = hyper_train(space, prefix, folds, start, algorithm="joint", ...)
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hypertune.algorithms import (
+    PlainOptimizer,
+    Problem,
+    ResponseOptimizer,
+    Step,
+    TangentOptimizer,
+    descend_response,
+    fit_response,
+    joint,
+    simplified,
+)
+from hypertune.batches import Batch, Minibatches
+from hypertune.estimator import TorchEstimator
+from hypertune.hypernetworks import Builder, Hypernetwork
+from hypertune.objective import Objective
+from hypertune.randomness import isolated
+from hypertune.response import BestResponse, Fold
+from hypertune.space import Space
+from hypertune.tunable import find_reaches
+
+_VALID_BATCH = 256
+_SCREENED = 512  # settings that "global" ranks before its descent
+_GLOBAL_FIT = 0.75  # share of the steps of "global" that fit the response; the rest descends it
+_SIMPLIFIED_OFFSET = 2.0  # units of λ between λ̂'s start and the centre in "simplified"
+
+
+def hyper_train(
+    space: Space,
+    prefix: str,
+    folds: list[Fold],
+    start: Mapping[str, float],
+    *,
+    algorithm: str,
+    hypernetwork: Builder,
+    response_optimizer: str,
+    max_epochs: int,
+    scale: float | None,
+    n_samples: int | None,
+    hyper_lr: float,
+    hyper_lr_schedule: str,
+    hyper_eps: float,
+    warmup: float,
+    averaging: float,
+    seed: int,
+    progress: bool,
+) -> tuple[BestResponse, dict[str, np.ndarray]]:
+    """Run one of the three algorithms; the parameters are those of ``HyperTrainingSearchCV``.
+
+    Returns
+    -------
+    response : BestResponse
+        ``response.params`` is the tuned setting.
+    history : dict from str to ndarray
+        One entry per record: step, seconds, epoch, train_loss, validation_loss and each hyperparameter.
+
+    Raises
+    ------
+    ValueError
+        If a hyperparameter reaches nothing, or the loss is no longer finite (naming step and λ̂).
+    """
+    begin = time.perf_counter()
+    net = folds[0].net
+    K = len(folds)
+    reaches = find_reaches(net, space, prefix)
+    with isolated(seed, net.device):
+        modules = [fold.net._build_module() for fold in folds]
+        objective = net._make_objective(modules[0], reach=reaches, folds=K)
+        net._check_outputs(objective, folds[0].valid.x[:2])
+        own_start = {name.removeprefix(prefix): start[name] for name in space.names}
+        objective.try_stacking(folds[0].valid.x[:2], {k: v for k, v in own_start.items() if k in reaches})
+        w0 = torch.stack([net._make_objective(module).initial_weights() for module in modules])
+
+        lam_hat = space.encode(start).to(w0)
+        problem = _problem(space, prefix, objective, folds, net, seed, w0)
+        center = lam_hat if algorithm == "joint" else lam_hat.clone()
+        if algorithm == "simplified":  # with V = 0 at a distance from λ̂, larger λ begins by meaning: closer to w₀
+            center = torch.minimum(center + _SIMPLIFIED_OFFSET, problem.high)
+        phi = hypernetwork.build(w0, center, objective.units())
+
+        per_epoch = problem.train_batches.steps_per_epoch  # type: ignore[attr-defined]
+        steps = max_epochs * per_epoch
+        phi_steps = math.ceil(_GLOBAL_FIT * steps) if algorithm == "global" else steps
+        first = phi_steps if algorithm == "global" else int(warmup * steps)
+        phi_optimizer, weight_schedule = _phi_optimizer(net, phi, response_optimizer, phi_steps)
+        lam_optimizer = torch.optim.Adam([lam_hat], lr=hyper_lr, betas=(0.9, 0.99), eps=hyper_eps)
+        lam_schedule = torch.optim.lr_scheduler.LambdaLR(
+            lam_optimizer,
+            lambda t: max(0.0, 1 - t / max(steps - first, 1)) if hyper_lr_schedule == "linear" else 1.0,
+        )
+        run = _run(
+            algorithm, problem, phi, lam_hat, phi_optimizer, lam_optimizer, space,
+            scale=scale, m=n_samples, warmup=first, phi_steps=phi_steps, seed=seed,
+        )  # fmt: skip
+        response = BestResponse(space, prefix, {}, phi, objective, folds)
+        trace = _Trace(response, lam_hat, begin, per_epoch)
+        total, averaged = torch.zeros_like(lam_hat), 0
+        every = max(1, min(per_epoch, steps // 50))
+        with tqdm(total=steps, desc="hyper-training", unit="step", disable=not progress, leave=False) as bar:
+            for number, step in enumerate(run, start=1):
+                if step.train_loss is not None:
+                    weight_schedule.step()
+                if step.valid_loss is not None:
+                    lam_schedule.step()
+                if (number > first and number > (1 - averaging) * steps) or number == steps:
+                    total, averaged = total + lam_hat.detach(), averaged + 1
+                trace.see(step)
+                if number % every == 0 or number == steps:
+                    trace.record(number)
+                    bar.update(number - bar.n)
+                    bar.set_postfix(validation_loss=f"{trace.rows[-1]['validation_loss']:.4g}")
+                if number == steps:
+                    break
+    response.params = space.decode((total / averaged).clamp(problem.low, problem.high))
+    phi.center = phi.center.detach().clone()
+    phi.requires_grad_(False)
+    return response, trace.arrays()
+
+
+def _problem(
+    space: Space,
+    prefix: str,
+    objective: Objective,
+    folds: list[Fold],
+    net: TorchEstimator,
+    seed: int,
+    like: Tensor,
+) -> Problem:
+    def train_loss(w: Tensor, lam: Tensor, batch: Batch) -> Tensor:
+        K, m, _ = w.shape
+        values = {name.removeprefix(prefix): v.repeat(K) for name, v in space.values(lam).items()}
+        return objective.train_loss(w.flatten(0, 1), values, batch.repeat(m)).view(K, m)
+
+    def valid_loss(w: Tensor, batch: Batch) -> Tensor:
+        return objective.valid_loss(w[:, 0], batch)[:, None]
+
+    return Problem(
+        train_loss,
+        valid_loss,
+        Minibatches([fold.train for fold in folds], net.batch_size, seed=seed),
+        Minibatches([fold.valid for fold in folds], max(net.batch_size, _VALID_BATCH), seed=seed + 1),
+        space.low.to(like),
+        space.high.to(like),
+    )
+
+
+def _phi_optimizer(
+    net: TorchEstimator, phi: Hypernetwork, kind: str, steps: int
+) -> tuple[ResponseOptimizer, torch.optim.lr_scheduler.LRScheduler]:
+    if kind == "plain":
+        optimizer, schedule = net._make_optimizer(list(phi.parameters()), steps)
+        return PlainOptimizer(phi, optimizer), schedule
+    weights, schedule = net._make_optimizer([phi.w0], steps)
+    basis = list(phi.basis.parameters())
+    return TangentOptimizer(phi, weights, torch.optim.Adam(basis, lr=net.lr) if basis else None), schedule
+
+
+def _run(
+    algorithm: str,
+    problem: Problem,
+    phi: Hypernetwork,
+    lam_hat: Tensor,
+    phi_optimizer: ResponseOptimizer,
+    lam_optimizer: torch.optim.Optimizer,
+    space: Space,
+    *,
+    scale: float | None,
+    m: int | None,
+    warmup: int,
+    phi_steps: int,
+    seed: int,
+) -> Iterator[Step]:
+    generator = torch.Generator().manual_seed(seed)
+    if algorithm == "joint":
+        sigma = 0.5 if scale is None else scale
+        yield from joint(
+            problem, phi, lam_hat, phi_optimizer, lam_optimizer,
+            sigma=sigma, m=m or 2, warmup=warmup, generator=generator,
+        )  # fmt: skip
+    elif algorithm == "simplified":
+        yield from simplified(problem, phi, lam_hat, phi_optimizer, lam_optimizer, warmup=warmup)
+    else:
+        sample = _prior(space, lam_hat, scale, seed)
+        for step in fit_response(problem, phi, phi_optimizer, sample, m=m or 8):
+            yield step
+            if step.number == phi_steps:
+                break
+        with torch.no_grad():  # start the descent where the learned response promises most
+            screened = sample(_SCREENED)
+            batch = next(problem.valid_batches)
+            predicted = torch.cat([problem.valid_loss(phi(lam[None]), batch).mean(dim=0) for lam in screened])
+            lam_hat.copy_(screened[predicted.argmin()])
+        yield from descend_response(problem, phi, lam_hat, lam_optimizer)
+
+
+def _prior(space: Space, lam_hat: Tensor, scale: float | None, seed: int) -> Callable[[int], Tensor]:
+    """p(λ) of Algorithm 2: the declared distributions, or N(start, scale² I) as in the paper."""
+    rng = np.random.default_rng(seed)
+    start = lam_hat.detach().clone()
+    if scale is None:
+        return lambda m: space.sample(m, rng).to(start)
+    return lambda m: start + scale * torch.from_numpy(rng.standard_normal((m, space.n))).to(start)
+
+
+class _Trace:
+    """Collects ``history_``: one row per record, with the minibatch training losses averaged since the last one."""
+
+    def __init__(self, response: BestResponse, lam_hat: Tensor, begin: float, per_epoch: int):
+        self.response, self.lam_hat, self.begin, self.per_epoch = response, lam_hat, begin, per_epoch
+        self.rows: list[dict[str, float]] = []
+        self._losses: list[Tensor] = []
+
+    def see(self, step: Step) -> None:
+        if step.train_loss is not None:
+            self._losses.append(step.train_loss)
+
+    def record(self, number: int) -> None:
+        train_loss = float(torch.stack(self._losses).mean()) if self._losses else self.rows[-1]["train_loss"]
+        self._losses.clear()
+        lam = self.lam_hat.detach().cpu().double()
+        params = self.response.space.decode(lam)
+        valid_loss = float(self.response._validation_losses(lam[None]).mean())
+        if not (math.isfinite(train_loss) and math.isfinite(valid_loss) and bool(lam.isfinite().all())):
+            raise ValueError(
+                f"Hyper-training diverged before step {number}: training loss {train_loss}, validation loss {valid_loss}, "
+                f"λ̂ = {params}. Lower the estimator's lr or the search's hyper_lr, or scale X."
+            )
+        self.rows.append(
+            {
+                "step": number,
+                "seconds": time.perf_counter() - self.begin,
+                "epoch": number / self.per_epoch,
+                "train_loss": train_loss,
+                "validation_loss": valid_loss,
+                **params,
+            }
+        )
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {key: np.array([row[key] for row in self.rows]) for key in self.rows[0]}

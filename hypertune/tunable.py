@@ -1,0 +1,83 @@
+"""What a gradient can tune: hyperparameters that shape the training loss, and where each arrives.
+
+Everything else is refused here, by name, before anything is trained.
+"""
+
+from __future__ import annotations
+
+import copy
+
+from torch import nn
+
+from hypertune.estimator import TorchEstimator
+from hypertune.modules import Reach, find_reach
+from hypertune.objective import LOSS_HYPERPARAMETERS
+from hypertune.randomness import isolated
+from hypertune.space import Space
+
+
+def check_names(space: Space, prefix: str) -> None:
+    """Refuse hyperparameters that do not shape the training loss, by name, before anything is computed.
+
+    Raises
+    ------
+    ValueError
+        Naming the hyperparameter, what is possible and what to do instead.
+    """
+    for h in space.hyperparameters:
+        where, own = f"param_distributions[{h.name!r}]", h.name.removeprefix(prefix)
+        if own.startswith("module__"):
+            continue
+        if own not in LOSS_HYPERPARAMETERS:
+            raise ValueError(
+                f"{where}: {own!r} does not change the loss that training minimises, so there is no gradient to follow "
+                "(Lorraine & Duvenaud 2018, section 2.2). Set it on the estimator, or give it to an outer search "
+                f"(OptunaSearchCV, GridSearchCV). By gradient: {sorted(LOSS_HYPERPARAMETERS)} and the dropout rates "
+                "among module__…."
+            )
+        low, high = LOSS_HYPERPARAMETERS[own]
+        if not (low <= h.support[0] and h.support[1] <= high):
+            raise ValueError(
+                f"{where}: the range [{h.support[0]:g}, {h.support[1]:g}] must lie in [{low:g}, {high:g}]."
+            )
+
+
+def find_reaches(net: TorchEstimator, space: Space, prefix: str) -> dict[str, list[Reach]]:
+    """For every tuned factory keyword, the numbers in the module that it sets.
+
+    Raises
+    ------
+    ValueError
+        If a keyword reaches nothing, changes the architecture, or takes a dropout rate out of [0, 1).
+    """
+    reaches: dict[str, list[Reach]] = {}
+    for h in space.hyperparameters:
+        own = h.name.removeprefix(prefix)
+        if not own.startswith("module__"):
+            continue
+        where = f"param_distributions[{h.name!r}]"
+
+        def build(value: float, own: str = own) -> nn.Module:
+            with isolated(0, net.device):
+                return copy.deepcopy(net).set_params(**{own: value})._build_module()
+
+        low, high = (float(q) for q in h.prior.ppf([0.01, 0.99]))
+        try:
+            reaches[own] = find_reach(build, low, high)
+        except ValueError as error:
+            raise ValueError(
+                f"{where}: {error}. Set it on the estimator, or give it to an outer search (OptunaSearchCV, GridSearchCV)."
+            ) from error
+        module = build(low)
+        for path, name, a, b in reaches[own]:
+            rates = sorted(a + b * bound for bound in h.support)
+            if isinstance(module.get_submodule(path), nn.modules.dropout._DropoutNd) and not (
+                rates[0] >= 0 and rates[1] < 1
+            ):
+                raise ValueError(
+                    f"{where}: the range takes {path}.{name} from {rates[0]:g} to {rates[1]:g}; a dropout rate must lie in [0, 1)."
+                )
+        taken = {(r.path, r.name) for key, found in reaches.items() if key != own for r in found}
+        if both := [f"{r.path}.{r.name}" for r in reaches[own] if (r.path, r.name) in taken]:
+            raise ValueError(f"{where}: {both[0]} is set by another tuned keyword too; tune one of them.")
+    return reaches

@@ -1,0 +1,76 @@
+"""Data flow one way: each room imports only from the rooms to its left. And few public names."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import hypertune
+
+ROOMS = {  # room -> the rooms it may import from
+    "randomness": set(),
+    "space": set(),
+    "factory": set(),
+    "modules": set(),
+    "batches": set(),
+    "hypernetworks": set(),
+    "objective": {"batches", "modules"},
+    "algorithms": {"hypernetworks"},
+    "estimator": {"batches", "factory", "modules", "objective", "randomness"},
+    "response": {"algorithms", "batches", "estimator", "hypernetworks", "objective", "randomness", "space"},
+    "tunable": {"estimator", "modules", "objective", "randomness", "space"},
+    "training": {
+        *(
+            "algorithms",
+            "batches",
+            "estimator",
+            "hypernetworks",
+            "objective",
+            "randomness",
+            "response",
+            "space",
+            "tunable",
+        ),
+    },
+    "search": {"estimator", "hypernetworks", "randomness", "response", "space", "training", "tunable"},
+}
+PACKAGE = Path(hypertune.__file__).parent
+
+
+def _imports(path: Path) -> set[str]:
+    nodes = ast.walk(ast.parse(path.read_text()))
+    return {n.module or "" for n in nodes if isinstance(n, ast.ImportFrom)} | {
+        alias.name for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Import) for alias in n.names
+    }
+
+
+def test_imports_go_only_leftwards():
+    assert {path.stem for path in PACKAGE.glob("*.py")} == {*ROOMS, "__init__"}
+    for room, allowed in ROOMS.items():
+        own = {
+            name.removeprefix("hypertune.") for name in _imports(PACKAGE / f"{room}.py") if name.startswith("hypertune")
+        }
+        assert own <= allowed, f"{room} imports {own - allowed}"
+
+
+def test_the_mathematics_knows_no_scikit_learn():
+    for room in ("space", "modules", "batches", "hypernetworks", "objective", "algorithms"):
+        assert not [name for name in _imports(PACKAGE / f"{room}.py") if name.startswith(("sklearn", "joblib"))], room
+
+
+def test_only_the_search_knows_model_selection():
+    for room in ROOMS.keys() - {"search"}:
+        assert not [name for name in _imports(PACKAGE / f"{room}.py") if "model_selection" in name], room
+
+
+def test_the_public_names_are_few_and_documented():
+    assert len(hypertune.__all__) <= 15
+    assert all(getattr(hypertune, name).__doc__ for name in hypertune.__all__)
+
+
+def test_importing_leaves_the_global_random_state_and_threads_alone():
+    code = (
+        "import torch, numpy as np; t, n = torch.get_num_threads(), torch.get_rng_state(); import hypertune;"
+        "assert torch.get_num_threads() == t and torch.equal(torch.get_rng_state(), n)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import gzip
+import json
+import struct
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+from benchmarks import mnist
+from benchmarks.__main__ import NAMES, main
+from benchmarks.comparison import compare
+from benchmarks.problems import digits
+
+
+def _write_idx(path: Path, array: np.ndarray, zipped: bool) -> None:
+    raw = b"\x00\x00\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+    (path.with_suffix(".gz") if zipped else path).write_bytes(gzip.compress(raw) if zipped else raw)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for number, (part, rows) in enumerate((("train", 7), ("t10k", 3))):
+        _write_idx(tmp_path / f"{part}-images-idx3-ubyte", rng.integers(0, 256, (rows, 28, 28), np.uint8), number == 0)
+        _write_idx(tmp_path / f"{part}-labels-idx1-ubyte", np.arange(rows, dtype=np.uint8), number == 1)
+    return tmp_path
+
+
+def test_mnist_reads_idx_files_plain_or_zipped(directory: Path, monkeypatch):
+    X, y, X_test, y_test = mnist.load(directory)
+    assert (X.shape, X_test.shape, X.dtype) == ((7, 784), (3, 784), np.float32)
+    assert y.tolist() == list(range(7))
+    assert 0 <= X.min() < X.max() <= 1
+    monkeypatch.setenv(mnist.VARIABLE, str(directory))
+    assert_allclose(mnist.load()[2], X_test)
+    assert y_test.tolist() == [0, 1, 2]
+
+
+def test_missing_mnist_says_both_ways(directory: Path, monkeypatch):
+    (directory / "t10k-images-idx3-ubyte").unlink()
+    with pytest.raises(FileNotFoundError, match=r"t10k-images-idx3-ubyte nor .*\.gz is in"):
+        mnist.load(directory)
+    monkeypatch.delenv(mnist.VARIABLE, raising=False)
+
+    def unreachable(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(mnist, "fetch_openml", unreachable)
+    with pytest.raises(FileNotFoundError, match=r"Give --mnist DIR or set HYPERTUNE_MNIST_DIR"):
+        mnist.load()
+    (directory / "train-images-idx3-ubyte").write_bytes(b"not an idx file")
+    with pytest.raises(ValueError, match="not an IDX file"):
+        mnist.load(directory)
+
+
+@pytest.mark.slow
+def test_a_comparison_writes_its_table_picture_and_rows(tmp_path: Path, capsys):
+    def small(seed: int):
+        problem = digits(seed)
+        net = problem.estimator.set_params(torchclassifier__max_epochs=4)
+        return replace(problem, estimator=net, X=problem.X[:200], y=problem.y[:200])
+
+    compare(small, 2, tmp_path, tpe_trials=2)
+    shown = capsys.readouterr().out
+    assert "TPE's 2 trials took" in shown
+    rows = json.loads((tmp_path / "digits.json").read_text())["rows"]
+    assert [row["solver"] for row in rows] == ["defaults", "hypertune", "tpe", "random", "tpe-2"] * 2
+    assert all(np.isfinite(row["test_loss"]) and 0 < row["test_accuracy"] <= 1 for row in rows)
+    by_solver = {row["solver"]: row for row in rows if row["seed"] == 0}
+    assert by_solver["tpe"]["seconds"] >= by_solver["hypertune"]["seconds"]  # never less time than ours
+    for row in rows:
+        assert row["curve"][-1][1] <= row["curve"][0][1] + 1e-12
+    assert (tmp_path / "digits.png").stat().st_size > 10_000
+    assert set(by_solver) <= {line.split()[0] for line in shown.splitlines() if line}
+
+
+def test_every_benchmark_explains_itself(capsys):
+    main(["list"])
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(NAMES)
