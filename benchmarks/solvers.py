@@ -16,7 +16,7 @@ import optuna
 from scipy.stats import loguniform
 from sklearn.base import clone
 from sklearn.metrics import accuracy_score, log_loss
-from sklearn.model_selection import RandomizedSearchCV, cross_val_score
+from sklearn.model_selection import ParameterSampler, RandomizedSearchCV, cross_val_score
 
 from benchmarks.problems import Problem
 from hypertune import HyperTrainingSearchCV
@@ -51,7 +51,7 @@ def run(name: str, problem: Problem, seconds: float, trials: int | None = None) 
     found = SOLVERS[name](problem, seconds, trials)
     found.seconds = time.perf_counter() - start
     found.solver = name
-    rows = problem.refit_rows
+    rows = slice(problem.refit_rows)
     model = clone(problem.estimator).set_params(**found.params).fit(problem.X[rows], problem.y[rows])
     found.test_loss = log_loss(problem.y_test, model.predict_proba(problem.X_test))
     found.test_accuracy = accuracy_score(problem.y_test, model.predict(problem.X_test))
@@ -65,7 +65,7 @@ def hypertune(problem: Problem, seconds: float, trials: int | None) -> Found:
         problem.space,
         cv=problem.cv,
         scoring=SCORING,
-        refit=problem.refit_rows == slice(None),
+        refit=problem.refit_rows is None,
         random_state=problem.seed,
         verbose=0,
     ).fit(problem.X, problem.y)
@@ -107,10 +107,10 @@ def tpe(problem: Problem, seconds: float, trials: int | None) -> Found:
 
 
 def random(problem: Problem, seconds: float, trials: int | None) -> Found:
-    """RandomizedSearchCV with as many settings as fit the seconds, counted from one timed setting (off the clock), rounded up."""
+    """RandomizedSearchCV with as many settings as fit the seconds, counted from one random setting timed off the clock, rounded up."""
     if trials is None:
         start = time.perf_counter()
-        _cv_loss(problem, {})
+        _cv_loss(problem, next(iter(ParameterSampler(problem.space, 1, random_state=problem.seed))))
         trials = max(1, int(np.ceil(seconds / (time.perf_counter() - start))))
     search = RandomizedSearchCV(
         problem.estimator,

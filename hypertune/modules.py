@@ -41,8 +41,9 @@ class TensorDropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or is_zero(self.p):
             return x
-        cells = x.flatten(2)[..., :1].view(*x.shape[:2], *(1,) * (x.dim() - 2)) if self.channelwise else x
-        keep = torch.rand_like(cells) >= self.p
+        cells = (*x.shape[:2], *(1,) * (x.dim() - 2)) if self.channelwise else x.shape
+        # Under vmap this shape is one model's: the noise is drawn once and shared.
+        keep = torch.rand(cells, dtype=x.dtype, device=x.device) >= self.p
         return x * keep / (1 - self.p)
 
 

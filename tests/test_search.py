@@ -195,6 +195,15 @@ def test_every_algorithm_with_every_hypernetwork(iris, algorithm, hypernetwork):
     assert any(np.ptp(history[name]) > 0 for name in SPACE)
 
 
+def test_lam_hat_starts_at_the_estimators_setting_unless_that_is_a_flat_corner(iris):
+    """The bound of a log range is left for its prior's lower third; the bound of a linear range is a start like others."""
+    net = clone(NET).set_params(weight_decay=0.0, input_noise=0.2)
+    space = {"weight_decay": loguniform(1e-6, 1e0), "input_noise": uniform(0, 1), "module__dropout": uniform(0, 0.8)}
+    found = search(estimator=net, param_distributions=space, warmup=0.9, evaluate="hypernetwork").fit(*iris)
+    first = {name: found.history_[name][0] for name in space}
+    assert first == {"weight_decay": pytest.approx(1e-4), "input_noise": pytest.approx(0.2), "module__dropout": 0.0}
+
+
 def test_joint_finds_what_a_grid_finds(breast_cancer):
     """One weight decay on an overfitting logistic regression: λ̂'s validation loss against a fine grid's, retrained."""
     X, y = breast_cancer
