@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from numbers import Integral, Real
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from torch import Tensor, nn
@@ -32,7 +34,7 @@ from hypertune.objective import (
     REGRESSION_LOSSES,
     Loss,
     Objective,
-    custom_or_named,
+    as_loss,
 )
 from hypertune.randomness import draw_seed, isolated
 
@@ -62,6 +64,19 @@ class TorchEstimator(BaseEstimator):
     dtype: str
     random_state: Any
     verbose: int
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        "module": [None, callable],
+        **{name: [Interval(Real, *bounds, closed="both")] for name, bounds in LOSS_HYPERPARAMETERS.items()},
+        "optimizer": [StrOptions(set(_OPTIMIZERS)), callable],
+        "lr": [Interval(Real, 0, None, closed="neither")],
+        "lr_schedule": [StrOptions(set(_LR_SCHEDULES))],
+        "batch_size": [Interval(Integral, 1, None, closed="left")],
+        "max_epochs": [Interval(Integral, 1, None, closed="left")],
+        "device": [str],
+        "dtype": [StrOptions(set(_DTYPES))],
+        "random_state": ["random_state"],
+        "verbose": ["verbose"],
+    }
     _losses: Mapping[str, Loss]
     _checks: Mapping[str, Any]
     _row_shape: tuple[int, ...]
@@ -137,7 +152,7 @@ class TorchEstimator(BaseEstimator):
 
         The classes are those of ``all_y`` where given: folds that are trained together need the same outputs.
         """
-        self._check_parameters()
+        self._validate_params()
         X, y = validate_data(self, X, y, **self._checks)
         self._row_shape = X.shape[1:]
         weight = None
@@ -160,7 +175,7 @@ class TorchEstimator(BaseEstimator):
     def _build_module(self) -> nn.Module:
         """A fresh module from the factory, on the device; raises TypeError if the factory makes no module."""
         factory: Any = MLP() if self.module is None else self.module
-        if isinstance(factory, nn.Module) or not callable(factory):
+        if isinstance(factory, nn.Module):
             raise TypeError(
                 f"{type(self).__name__}(module={self.module!r}): expected a factory (n_features_in, n_outputs) -> nn.Module, "
                 "such as MLP() or model_factory(function); a built module cannot be trained afresh for every fold."
@@ -176,7 +191,7 @@ class TorchEstimator(BaseEstimator):
     def _make_objective(
         self, module: nn.Module, *, reach: Mapping[str, list[Reach]] | None = None, folds: int = 1
     ) -> Objective:
-        loss = custom_or_named(self.criterion, self._losses)
+        loss = as_loss(self.criterion, self._losses)
         return Objective(module, loss, fixed=self._loss_values(), reach=reach, folds=folds)
 
     def _make_optimizer(
@@ -203,27 +218,6 @@ class TorchEstimator(BaseEstimator):
 
     def _loss_values(self) -> dict[str, float]:
         return {name: float(getattr(self, name)) for name in LOSS_HYPERPARAMETERS if hasattr(self, name)}
-
-    def _check_parameters(self) -> None:
-        name = type(self).__name__
-        for parameter, (low, high) in LOSS_HYPERPARAMETERS.items():
-            value = getattr(self, parameter, 0.0)
-            if not low <= value <= high:
-                raise ValueError(f"{name}({parameter}={value!r}): must lie in [{low:g}, {high:g}].")
-        for parameter, minimum in (("batch_size", 1), ("max_epochs", 1)):
-            value = getattr(self, parameter)
-            if not isinstance(value, (int, np.integer)) or value < minimum:
-                raise ValueError(f"{name}({parameter}={value!r}): must be an integer of at least {minimum}.")
-        if not self.lr > 0:
-            raise ValueError(f"{name}(lr={self.lr!r}): must be positive.")
-        for parameter, choices in (("lr_schedule", _LR_SCHEDULES), ("dtype", _DTYPES)):
-            if getattr(self, parameter) not in choices:
-                raise ValueError(f"{name}({parameter}={getattr(self, parameter)!r}): choose one of {sorted(choices)}.")
-        if not callable(self.optimizer) and self.optimizer not in _OPTIMIZERS:
-            raise ValueError(
-                f"{name}(optimizer={self.optimizer!r}): choose one of {sorted(_OPTIMIZERS)} or give a callable (params, lr=...)."
-            )
-        custom_or_named(self.criterion, self._losses)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         """A private copy as a tensor of the estimator's dtype on its device."""
@@ -302,6 +296,10 @@ class TorchClassifier(ClassifierMixin, TorchEstimator):
         Names of the features, if X had string column names.
     """
 
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        **TorchEstimator._parameter_constraints,
+        "criterion": [StrOptions(set(CLASSIFICATION_LOSSES)), callable],
+    }
     _losses = CLASSIFICATION_LOSSES
     _checks: Mapping[str, Any] = {"allow_nd": True}
 
@@ -428,6 +426,10 @@ class TorchRegressor(RegressorMixin, TorchEstimator):
         Names of the features, if X had string column names.
     """
 
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        **TorchEstimator._parameter_constraints,
+        "criterion": [StrOptions(set(REGRESSION_LOSSES)), callable],
+    }
     _losses = REGRESSION_LOSSES
     _checks: Mapping[str, Any] = {"allow_nd": True, "multi_output": True, "y_numeric": True}
 

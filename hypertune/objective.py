@@ -307,15 +307,12 @@ class Objective:
                 setattr(sub, name, value)
 
 
-def custom_or_named(criterion: Any, losses: Mapping[str, Loss]) -> Loss:
-    """The per-row loss for ``criterion=``: a name from ``losses``, or a callable, or an ``nn.Module`` loss class."""
-    if isinstance(criterion, str) and criterion in losses:
+def as_loss(criterion: Any, losses: Mapping[str, Loss]) -> Loss:
+    """The per-row loss for ``criterion=``: a name out of ``losses``, a callable, or a class such as ``nn.HuberLoss``."""
+    if isinstance(criterion, str):
         return losses[criterion]
-    if inspect.isclass(criterion):
-        criterion = criterion()
-    if callable(criterion):
-        return CustomLoss(criterion)
-    raise ValueError(f"criterion={criterion!r}: choose one of {sorted(losses)} or give a callable (outputs, targets).")
+    made: Callable[[Tensor, Tensor], Tensor] = criterion() if inspect.isclass(criterion) else criterion
+    return CustomLoss(made)
 
 
 def _column(value: Value, like: Tensor) -> Value:

@@ -9,15 +9,16 @@ estimator's own) to scikit-learn's ``evaluate_candidates``, which retrains and s
 from __future__ import annotations
 
 import difflib
-import numbers
 from collections.abc import Mapping
-from typing import Any, Self
+from numbers import Integral, Real
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from sklearn.base import clone
 from sklearn.model_selection._search import BaseSearchCV
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import FunctionTransformer
+from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.metaestimators import _safe_split
 from sklearn.utils.validation import _check_method_params
 
@@ -28,13 +29,6 @@ from hypertune.response import Fold
 from hypertune.space import Space
 from hypertune.training import hyper_train
 from hypertune.tunable import check_names
-
-_CHOICES = {
-    "algorithm": ("joint", "global", "simplified"),
-    "evaluate": ("retrain", "hypernetwork"),
-    "response_optimizer": ("tangent", "plain"),
-    "hyper_lr_schedule": ("linear", "constant"),
-}
 
 
 class HyperTrainingSearchCV(BaseSearchCV):
@@ -166,6 +160,23 @@ class HyperTrainingSearchCV(BaseSearchCV):
 
     estimator: Any
 
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        **BaseSearchCV._parameter_constraints,
+        "algorithm": [StrOptions({"joint", "global", "simplified"})],
+        "hypernetwork": [StrOptions(set(HYPERNETWORKS)), HasMethods("build")],
+        "evaluate": [StrOptions({"retrain", "hypernetwork"})],
+        "max_epochs": [None, Interval(Integral, 1, None, closed="left")],
+        "scale": [None, Interval(Real, 0, None, closed="neither")],
+        "n_samples": [None, Interval(Integral, 1, None, closed="left")],
+        "hyper_lr": [Interval(Real, 0, None, closed="neither")],
+        "hyper_lr_schedule": [StrOptions({"linear", "constant"})],
+        "hyper_eps": [Interval(Real, 0, None, closed="neither")],
+        "warmup": [Interval(Real, 0, 1, closed="left")],
+        "averaging": [Interval(Real, 0, 1, closed="left")],
+        "response_optimizer": [StrOptions({"tangent", "plain"})],
+        "random_state": ["random_state"],
+    }
+
     def __init__(
         self,
         estimator: Any,
@@ -285,7 +296,6 @@ class HyperTrainingSearchCV(BaseSearchCV):
     def _propose_candidates(self) -> list[dict[str, Any]]:
         """Hyper-train, and return the settings to verify. A subclass may put any other proposal in its place."""
         space = Space.from_distributions(self.param_distributions)
-        self._check_own_parameters()
         net, prefix = _net(self.estimator), _prefix(self.estimator)
         self._check_space(space)
         check_names(space, prefix)
@@ -348,31 +358,6 @@ class HyperTrainingSearchCV(BaseSearchCV):
 
     # --- refusals, before anything is computed ----------------------------------------------------------------------------
 
-    def _check_own_parameters(self) -> None:
-        name = type(self).__name__
-        for parameter, choices in _CHOICES.items():
-            if getattr(self, parameter) not in choices:
-                raise ValueError(f"{name}({parameter}={getattr(self, parameter)!r}): choose one of {list(choices)}.")
-        if isinstance(self.hypernetwork, str) and self.hypernetwork not in HYPERNETWORKS:
-            raise ValueError(f"{name}(hypernetwork={self.hypernetwork!r}): choose one of {list(HYPERNETWORKS)}.")
-        if not isinstance(self.hypernetwork, str) and not hasattr(self.hypernetwork, "build"):
-            raise TypeError(
-                f"{name}(hypernetwork={self.hypernetwork!r}): give a name out of {list(HYPERNETWORKS)} or an instance of "
-                "one of the classes of hypertune.hypernetworks, such as LowRank(rank=20)."
-            )
-        for parameter in ("max_epochs", "n_samples"):
-            value = getattr(self, parameter)
-            if value is not None and not (isinstance(value, int | np.integer) and value >= 1):
-                raise ValueError(f"{name}({parameter}={value!r}): must be an integer of at least 1, or None.")
-        for parameter in ("hyper_lr", "hyper_eps", "scale"):
-            value = getattr(self, parameter)
-            if value is not None and not 0 < value < np.inf:
-                raise ValueError(f"{name}({parameter}={value!r}): must be positive.")
-        for parameter in ("warmup", "averaging"):
-            value = getattr(self, parameter)
-            if not 0 <= value < 1:
-                raise ValueError(f"{name}({parameter}={value!r}): a share of the run, in [0, 1).")
-
     def _check_space(self, space: Space) -> None:
         """Every name must be a parameter of the torch estimator itself."""
         valid = self.estimator.get_params()
@@ -389,7 +374,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
                     f"{where}: it belongs to a preprocessing step, which is fitted and not trained: no gradient reaches it. "
                     "Set it on the pipeline, or give it to an outer search (OptunaSearchCV, GridSearchCV)."
                 )
-            if not isinstance(valid[name], numbers.Real) or isinstance(valid[name], bool):
+            if not isinstance(valid[name], Real) or isinstance(valid[name], bool):
                 raise ValueError(
                     f"{where}: its current value {valid[name]!r} is not a number, so there is no gradient to follow. Set it on "
                     "the estimator, or give it to an outer search (OptunaSearchCV, GridSearchCV)."
