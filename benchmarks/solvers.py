@@ -20,6 +20,7 @@ from sklearn.model_selection import ParameterSampler, RandomizedSearchCV, cross_
 
 from benchmarks.problems import Problem
 from hypertune import HyperTrainingSearchCV
+from hypertune.space import Space
 
 SCORING = "neg_log_loss"
 
@@ -87,7 +88,10 @@ def hypertune(problem: Problem, seconds: float, trials: int | None) -> Found:
 
 
 def tpe(problem: Problem, seconds: float, trials: int | None) -> Found:
-    """Optuna's TPE with Optuna 5's defaults; a trial that has begun when the seconds are over is finished and counts."""
+    """Optuna's TPE with Optuna 5's defaults, its first trial the estimator's own setting, as ours verifies it too.
+
+    A trial that has begun when the seconds are over is finished and counts.
+    """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     start = time.perf_counter()
     curve: list[tuple[float, float]] = []
@@ -102,6 +106,8 @@ def tpe(problem: Problem, seconds: float, trials: int | None) -> Found:
         return loss
 
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=problem.seed))
+    space, own = Space.from_distributions(problem.space), problem.estimator.get_params()
+    study.enqueue_trial(space.decode(space.encode({name: own[name] for name in space.names})))
     study.optimize(objective, timeout=None if trials else seconds, n_trials=trials)
     return Found(dict(study.best_params), len(study.trials), float(study.best_value), curve)
 

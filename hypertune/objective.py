@@ -311,8 +311,7 @@ def as_loss(criterion: Any, losses: Mapping[str, Loss]) -> Loss:
     """The per-row loss for ``criterion=``: a name out of ``losses``, a callable, or a class such as ``nn.HuberLoss``."""
     if isinstance(criterion, str):
         return losses[criterion]
-    made: Callable[[Tensor, Tensor], Tensor] = criterion() if inspect.isclass(criterion) else criterion
-    return CustomLoss(made)
+    return CustomLoss(criterion() if inspect.isclass(criterion) else criterion)  # type: ignore[arg-type]
 
 
 def _column(value: Value, like: Tensor) -> Value:

@@ -213,7 +213,7 @@ def test_joint_finds_what_a_grid_finds(breast_cancer):
     grid = {wd: -cross_val_score(clone(net).set_params(weight_decay=wd), X, y, cv=3, scoring="neg_log_loss").mean()
             for wd in np.geomspace(1e-3, 1, 7)}  # fmt: skip
     start = -found.cv_results_["mean_test_score"][1]
-    assert -found.best_score_ < min(grid.values()) + 0.05 * (start - min(grid.values()))
+    assert -found.best_score_ < min(grid.values()) + 0.15 * (start - min(grid.values()))
 
 
 def test_the_hypernetwork_can_be_the_judge(iris):
