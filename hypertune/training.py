@@ -11,10 +11,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from tqdm.auto import tqdm
 
 from hypertune.algorithms import (
@@ -79,60 +81,59 @@ def hyper_train(
     """
     begin = time.perf_counter()
     net = folds[0].net
-    K = len(folds)
-    reaches = find_reaches(net, space, prefix)
     with isolated(seed, net.device):
-        modules = [fold.net._build_module() for fold in folds]
-        objective = net._make_objective(modules[0], reach=reaches, folds=K)
-        net._check_outputs(objective, folds[0].valid.x[:2])
-        own_start = {name.removeprefix(prefix): start[name] for name in space.names}
-        objective.try_stacking(folds[0].valid.x[:2], {k: v for k, v in own_start.items() if k in reaches})
-        w0 = torch.stack([net._make_objective(module).initial_weights() for module in modules])
-
+        objective, w0 = _stacked(space, prefix, folds, start)
         lam_hat = space.encode(start).to(w0)
-        problem = _problem(space, prefix, objective, folds, net, seed, w0)
+        train_batches = Minibatches([fold.train for fold in folds], net.batch_size, seed=seed)
+        problem = _problem(space, prefix, objective, folds, train_batches, seed, w0)
         center = lam_hat if algorithm == "joint" else lam_hat.clone()
         if algorithm == "simplified":  # with V = 0 at a distance from λ̂, larger λ begins by meaning: closer to w₀
             center = torch.minimum(center + _SIMPLIFIED_OFFSET, problem.high)
         phi = hypernetwork.build(w0, center, objective.units())
+        response = BestResponse(space, prefix, {}, phi, objective, folds)
 
-        per_epoch = problem.train_batches.steps_per_epoch  # type: ignore[attr-defined]
+        per_epoch = train_batches.steps_per_epoch
         steps = max_epochs * per_epoch
         phi_steps = math.ceil(_GLOBAL_FIT * steps) if algorithm == "global" else steps
         first = phi_steps if algorithm == "global" else int(warmup * steps)
-        phi_optimizer, weight_schedule = _phi_optimizer(net, phi, response_optimizer, phi_steps)
+        phi_optimizer, phi_schedules = _phi_optimizer(net, phi, response_optimizer, phi_steps)
         lam_optimizer = torch.optim.Adam([lam_hat], lr=hyper_lr, betas=(0.9, 0.99), eps=hyper_eps)
-        lam_schedule = torch.optim.lr_scheduler.LambdaLR(
-            lam_optimizer,
-            lambda t: max(0.0, 1 - t / max(steps - first, 1)) if hyper_lr_schedule == "linear" else 1.0,
-        )
+        decay = 1 / max(steps - first, 1) if hyper_lr_schedule == "linear" else 0.0
+        lam_schedule = LambdaLR(lam_optimizer, lambda t: max(0.0, 1 - decay * t))
         run = _run(
             algorithm, problem, phi, lam_hat, phi_optimizer, lam_optimizer, space,
             scale=scale, m=n_samples, warmup=first, phi_steps=phi_steps, seed=seed,
         )  # fmt: skip
-        response = BestResponse(space, prefix, {}, phi, objective, folds)
-        trace = _Trace(response, lam_hat, begin, per_epoch)
-        total, averaged = torch.zeros_like(lam_hat), 0
+
+        trace = _Trace(response, lam_hat, begin, per_epoch, averaged_from=max(first, (1 - averaging) * steps))
         every = max(1, min(per_epoch, steps // 50))
         with tqdm(total=steps, desc="hyper-training", unit="step", disable=not progress, leave=False) as bar:
-            for number, step in enumerate(run, start=1):
-                if step.train_loss is not None:
-                    weight_schedule.step()
+            for number, step in enumerate(islice(run, steps), start=1):
+                for schedule in phi_schedules if step.train_loss is not None else ():
+                    schedule.step()
                 if step.valid_loss is not None:
                     lam_schedule.step()
-                if (number > first and number > (1 - averaging) * steps) or number == steps:
-                    total, averaged = total + lam_hat.detach(), averaged + 1
-                trace.see(step)
+                trace.see(number, step)
                 if number % every == 0 or number == steps:
                     trace.record(number)
                     bar.update(number - bar.n)
                     bar.set_postfix(validation_loss=f"{trace.rows[-1]['validation_loss']:.4g}")
-                if number == steps:
-                    break
-    response.params = space.decode((total / averaged).clamp(problem.low, problem.high))
+    response.params = space.decode(trace.average())
     phi.center = phi.center.detach().clone()
     phi.requires_grad_(False)
     return response, trace.arrays()
+
+
+def _stacked(space: Space, prefix: str, folds: list[Fold], start: Mapping[str, float]) -> tuple[Objective, Tensor]:
+    """The objective of all folds in one, and their K sets of initial weights (K, D). Refuses what cannot be trained."""
+    net = folds[0].net
+    reaches = find_reaches(net, space, prefix)
+    modules = [fold.net._build_module() for fold in folds]
+    objective = net._make_objective(modules[0], reach=reaches, folds=len(folds))
+    x = folds[0].valid.x[:2]
+    net._check_outputs(objective, x)
+    objective.try_stacking(x, {own: start[prefix + own] for own in reaches})
+    return objective, torch.stack([net._make_objective(module).initial_weights() for module in modules])
 
 
 def _problem(
@@ -140,10 +141,14 @@ def _problem(
     prefix: str,
     objective: Objective,
     folds: list[Fold],
-    net: TorchEstimator,
+    train_batches: Minibatches,
     seed: int,
     like: Tensor,
 ) -> Problem:
+    valid_batches = Minibatches(
+        [fold.valid for fold in folds], max(folds[0].net.batch_size, _VALID_BATCH), seed=seed + 1
+    )
+
     def train_loss(w: Tensor, lam: Tensor, batch: Batch) -> Tensor:
         K, m, _ = w.shape
         values = {name.removeprefix(prefix): v.repeat(K) for name, v in space.values(lam).items()}
@@ -152,25 +157,21 @@ def _problem(
     def valid_loss(w: Tensor, batch: Batch) -> Tensor:
         return objective.valid_loss(w[:, 0], batch)[:, None]
 
-    return Problem(
-        train_loss,
-        valid_loss,
-        Minibatches([fold.train for fold in folds], net.batch_size, seed=seed),
-        Minibatches([fold.valid for fold in folds], max(net.batch_size, _VALID_BATCH), seed=seed + 1),
-        space.low.to(like),
-        space.high.to(like),
-    )
+    return Problem(train_loss, valid_loss, train_batches, valid_batches, space.low.to(like), space.high.to(like))
 
 
 def _phi_optimizer(
     net: TorchEstimator, phi: Hypernetwork, kind: str, steps: int
-) -> tuple[ResponseOptimizer, torch.optim.lr_scheduler.LRScheduler]:
+) -> tuple[ResponseOptimizer, list[LRScheduler]]:
+    """Line 4 by the estimator's own optimizer and learning rate, and the schedules to step with it."""
     if kind == "plain":
         optimizer, schedule = net._make_optimizer(list(phi.parameters()), steps)
-        return PlainOptimizer(phi, optimizer), schedule
+        return PlainOptimizer(phi, optimizer), [schedule]
     weights, schedule = net._make_optimizer([phi.w0], steps)
-    basis = list(phi.basis.parameters())
-    return TangentOptimizer(phi, weights, torch.optim.Adam(basis, lr=net.lr) if basis else None), schedule
+    if not (basis := list(phi.basis.parameters())):
+        return TangentOptimizer(phi, weights), [schedule]
+    basis_optimizer, basis_schedule = net._make_optimizer(basis, steps)
+    return TangentOptimizer(phi, weights, basis_optimizer), [schedule, basis_schedule]
 
 
 def _run(
@@ -221,16 +222,23 @@ def _prior(space: Space, lam_hat: Tensor, scale: float | None, seed: int) -> Cal
 
 
 class _Trace:
-    """Collects ``history_``: one row per record, with the minibatch training losses averaged since the last one."""
+    """Collects ``history_``, one row per record, and the average of λ̂ over the last part of its path."""
 
-    def __init__(self, response: BestResponse, lam_hat: Tensor, begin: float, per_epoch: int):
+    def __init__(self, response: BestResponse, lam_hat: Tensor, begin: float, per_epoch: int, averaged_from: float):
         self.response, self.lam_hat, self.begin, self.per_epoch = response, lam_hat, begin, per_epoch
+        self.averaged_from = averaged_from
         self.rows: list[dict[str, float]] = []
         self._losses: list[Tensor] = []
+        self._sum, self._count = torch.zeros_like(lam_hat), 0
 
-    def see(self, step: Step) -> None:
+    def see(self, number: int, step: Step) -> None:
         if step.train_loss is not None:
             self._losses.append(step.train_loss)
+        if number > self.averaged_from:
+            self._sum, self._count = self._sum + self.lam_hat.detach(), self._count + 1
+
+    def average(self) -> Tensor:
+        return self._sum / self._count if self._count else self.lam_hat.detach()
 
     def record(self, number: int) -> None:
         train_loss = float(torch.stack(self._losses).mean()) if self._losses else self.rows[-1]["train_loss"]
