@@ -274,10 +274,6 @@ class HyperTrainingSearchCV(BaseSearchCV):
         return routed
 
     def _check_input_parameters(self, X: Any, y: Any, split_params: Any) -> None:
-        if y is None:
-            raise ValueError(
-                f"{type(self).__name__} requires y to be passed, but the target y is None: the validation loss needs it."
-            )
         self._inputs = (X, y, split_params)
 
     def _run_search(self, evaluate_candidates: Any, *, callback_ctx: Any = None) -> None:
@@ -295,10 +291,14 @@ class HyperTrainingSearchCV(BaseSearchCV):
 
     def _propose_candidates(self) -> list[dict[str, Any]]:
         """Hyper-train, and return the settings to verify. A subclass may put any other proposal in its place."""
+        if self._inputs[1] is None:
+            raise ValueError(
+                f"{type(self).__name__} requires y to be passed, but the target y is None: the validation loss needs it."
+            )
         space = Space.from_distributions(self.param_distributions)
         net, prefix = _net(self.estimator), _prefix(self.estimator)
         self._check_space(space)
-        check_names(space, prefix)
+        check_names(net, space, prefix)
         current = self._current(space)
         response, self.history_ = hyper_train(
             space,

@@ -16,7 +16,7 @@ from hypertune.randomness import isolated
 from hypertune.space import Space
 
 
-def check_names(space: Space, prefix: str) -> None:
+def check_names(net: TorchEstimator, space: Space, prefix: str) -> None:
     """Refuse hyperparameters that do not shape the training loss, by name, before anything is computed.
 
     Raises
@@ -34,6 +34,11 @@ def check_names(space: Space, prefix: str) -> None:
                 "(Lorraine & Duvenaud 2018, section 2.2). Set it on the estimator, or give it to an outer search "
                 f"(OptunaSearchCV, GridSearchCV). By gradient: {sorted(LOSS_HYPERPARAMETERS)} and the dropout rates "
                 "among module__…."
+            )
+        if own == "label_smoothing" and not isinstance(net.criterion, str):
+            raise ValueError(
+                f"{where}: needs criterion='cross_entropy' or 'squared_error' on the estimator, got {net.criterion!r}: a "
+                "callable's targets cannot be smoothed."
             )
         low, high = LOSS_HYPERPARAMETERS[own]
         if not (low <= h.support[0] and h.support[1] <= high):

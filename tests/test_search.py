@@ -376,6 +376,8 @@ def test_bad_spaces_are_refused_by_name(iris, space, message):
         ({"cv": 200}, ValueError, "n_splits=200|number of members"),
         ({"estimator": Pipeline([("s", StandardScaler()), ("net", NET)]), "param_distributions": {"s__with_mean": uniform(0, 1)}},
          ValueError, r"\['s__with_mean'\]: it belongs to a preprocessing step"),
+        ({"estimator": clone(NET).set_params(criterion=nn.CrossEntropyLoss())}, ValueError,
+         r"\['label_smoothing'\]: needs criterion='cross_entropy'"),
         ({"estimator": clone(NET).set_params(module=lambda n, m: None), "param_distributions": {"l1": uniform(0, 1)}},
          TypeError, "returned NoneType"),
         ({"estimator": clone(NET).set_params(module=lambda n, m: nn.Linear(n, 7)), "param_distributions": {"l1": uniform(0, 1)}},
