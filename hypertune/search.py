@@ -9,18 +9,19 @@ estimator's own) to scikit-learn's ``evaluate_candidates``, which retrains and s
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self
 
 import numpy as np
-from sklearn.base import clone
+from sklearn.base import clone, is_classifier
+from sklearn.model_selection import check_cv
 from sklearn.model_selection._search import BaseSearchCV
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.metaestimators import _safe_split
-from sklearn.utils.validation import _check_method_params
+from sklearn.utils.validation import _check_method_params, indexable
 
 from hypertune.estimator import TorchEstimator
 from hypertune.hypernetworks import HYPERNETWORKS, Builder
@@ -159,6 +160,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
     """
 
     estimator: Any
+    cv: Any
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         **BaseSearchCV._parameter_constraints,
@@ -253,16 +255,19 @@ class HyperTrainingSearchCV(BaseSearchCV):
         ValueError, TypeError
             Before any training, for a space, data or a model that cannot be tuned; during it, if the loss diverges.
         """
-        own: Any = self.estimator
+        own = {"estimator": self.estimator, "cv": self.cv}
+        if isinstance(self.cv, Iterator):  # it is gone through twice: by the hyper-training and by the verification
+            self.cv = list(self.cv)
         if self.evaluate == "hypernetwork":  # the folds' estimators look their weights up in what is put in here
             self._responses: list[Any] = []
-            self.estimator = clone(own)
+            self.estimator = clone(self.estimator)
             _net(self.estimator)._responses = self._responses
+        self._inputs = indexable(X, y)
         try:
             super().fit(X, y, **params)
         finally:
-            self.estimator = own
-            for name in ("_inputs", "_fit_params", "_responses"):
+            self.__dict__.update(own)
+            for name in ("_inputs", "_routed", "_responses"):
                 self.__dict__.pop(name, None)
         if self.evaluate == "hypernetwork" and self.refit:
             del _net(self.best_estimator_)._responses
@@ -270,11 +275,8 @@ class HyperTrainingSearchCV(BaseSearchCV):
 
     def _get_routed_params_for_fit(self, params: Any) -> Any:
         routed = super()._get_routed_params_for_fit(params)
-        self._fit_params = routed.estimator.fit
+        self._routed = routed
         return routed
-
-    def _check_input_parameters(self, X: Any, y: Any, split_params: Any) -> None:
-        self._inputs = (X, y, split_params)
 
     def _run_search(self, evaluate_candidates: Any, *, callback_ctx: Any = None) -> None:
         candidates = self._propose_candidates()
@@ -332,8 +334,10 @@ class HyperTrainingSearchCV(BaseSearchCV):
 
     def _folds(self) -> list[Fold]:
         """The splits of ``cv``, each preprocessed and encoded as scikit-learn would give it to the estimator."""
-        X, y, split_params = self._inputs
-        return [self._fold(X, y, train, valid) for train, valid in self._checked_cv_orig.split(X, y, **split_params)]
+        X, y = self._inputs
+        cv = check_cv(self.cv, y, classifier=is_classifier(self.estimator))
+        splits = cv.split(X, y, **self._routed.splitter.split)
+        return [self._fold(X, y, train, valid) for train, valid in splits]
 
     def _fold(self, X: Any, y: Any, train: np.ndarray, valid: np.ndarray) -> Fold:
         X_train, y_train = _safe_split(self.estimator, X, y, train)
@@ -353,7 +357,8 @@ class HyperTrainingSearchCV(BaseSearchCV):
         names = ["sample_weight"]
         if isinstance(self.estimator, Pipeline):
             names.append(f"{self.estimator.steps[-1][0]}__sample_weight")
-        weights = {name: self._fit_params[name] for name in names if self._fit_params.get(name) is not None}
+        passed = self._routed.estimator.fit
+        weights = {name: passed[name] for name in names if passed.get(name) is not None}
         return next(iter(_check_method_params(X, weights, indices=indices).values()), None)
 
     # --- refusals, before anything is computed ----------------------------------------------------------------------------

@@ -130,6 +130,11 @@ def test_the_same_seed_gives_the_same_result(fitted, iris):
     assert other.best_response_.params != fitted.best_response_.params
 
 
+def test_splits_may_come_from_a_generator(fitted, iris):
+    again = search(cv=StratifiedKFold(3).split(*iris)).fit(*iris)
+    assert again.best_params_ == fitted.best_params_
+
+
 def test_another_proposal_can_be_put_in_its_place(iris):
     found = GridProposal(LogisticRegression(), {"C": [0.01, 1.0]}, cv=3).fit(*iris)
     assert list(found.cv_results_["param_C"]) == [0.01, 1.0]
