@@ -20,7 +20,7 @@ import torch
 from benchmarks.solvers import Found
 from hypertune.space import Space
 
-_COLORS = {"hypertune": "C3", "tpe": "C0", "tpe-30": "C0", "random": "C2", "defaults": "0.5"}
+_COLORS = {"hypertune": "C3", "tpe": "C0", "random": "C2", "defaults": "0.5"}
 
 
 def table(rows: Sequence[Found]) -> str:
@@ -51,7 +51,7 @@ def picture(rows: Sequence[tuple[int, Found]], space: Mapping[str, Any], title: 
     for _, found in rows:
         label = None if found.solver in labelled else found.solver
         labelled.add(found.solver)
-        color = _COLORS[found.solver]
+        color = _COLORS[found.solver.partition("-")[0]]
         if found.solver == "defaults":
             top.axhline(found.cv_loss, color=color, lw=1, ls=":", label=label)
         elif found.path:

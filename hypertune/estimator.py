@@ -343,8 +343,9 @@ class TorchClassifier(ClassifierMixin, TorchEstimator):
         self.classes_ = np.unique(all_y)
         self.n_outputs_ = len(self.classes_)
         if self.n_outputs_ < 2:
+            rows = "the data" if sample_weight is None else "what is left of the data where sample_weight is not zero"
             raise ValueError(
-                f"{type(self).__name__} needs samples of at least 2 classes, but the data contains only one class: "
+                f"{type(self).__name__} needs samples of at least 2 classes, but {rows} contains only one class: "
                 f"{self.classes_[0]!r}."
             )
 
