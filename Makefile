@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 
-.PHONY: demo test test-fast lint clean
+.PHONY: demo test test-fast test-oldest lint clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -21,10 +21,16 @@ test: $(VENV)/.installed lint  ## Everything
 test-fast: $(VENV)/.installed  ## Under 90 seconds
 	$(BIN)/python -m pytest -m "not slow"
 
+test-oldest:  ## Everything, on the oldest supported versions (tests/oldest.txt), in a .venv of its own
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/pip install --quiet "$(TORCH)"
+	$(VENV)-oldest/bin/pip install --quiet --constraint tests/oldest.txt --editable ".[test]"
+	$(VENV)-oldest/bin/python -m pytest
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-oldest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -44,9 +44,7 @@ def compare(make: Callable[[int], Problem], seeds: int, out: Path, *, tpe_trials
                 bar.update()
     out.mkdir(parents=True, exist_ok=True)
     report.save(rows, problem.name, out / f"{problem.name}.json")
-    title = (
-        f"{problem.name}: {problem.estimator.__class__.__name__}, {len(problem.space)} hyperparameters, {seeds} seed(s)"
-    )
+    title = f"{problem.name}: {len(problem.space)} hyperparameters, {seeds} seed{'s' if seeds > 1 else ''}"
     report.picture(rows, problem.space, title, out / f"{problem.name}.png")
     print(f"\n{title}\n{report.table([found for _, found in rows])}")
     if tpe_trials:

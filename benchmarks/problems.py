@@ -69,6 +69,16 @@ def digits(seed: int) -> Problem:
     )  # fmt: skip
 
 
+MNIST_SPACE = {
+    "weight_decay": loguniform(1e-6, 1e0),
+    "label_smoothing": uniform(0, 0.3),
+    "input_noise": uniform(0, 0.5),
+    "module__dropout_0": uniform(0, 0.8),
+    "module__dropout_1": uniform(0, 0.8),
+    "module__dropout_2": uniform(0, 0.8),
+}
+
+
 def mnist_mlp(seed: int, directory: str | None) -> Problem:
     """784-256-256-10 on 5,000 MNIST images, validated on the last 10,000 training images; 6 hyperparameters, one split.
 
@@ -82,14 +92,7 @@ def mnist_mlp(seed: int, directory: str | None) -> Problem:
         "mnist-mlp",
         seed,
         estimator,
-        {
-            "weight_decay": loguniform(1e-6, 1e0),
-            "label_smoothing": uniform(0, 0.3),
-            "input_noise": uniform(0, 0.5),
-            "module__dropout_0": uniform(0, 0.8),
-            "module__dropout_1": uniform(0, 0.8),
-            "module__dropout_2": uniform(0, 0.8),
-        },
+        MNIST_SPACE,
         PredefinedSplit(np.r_[np.full(5_000, -1), np.zeros(10_000, dtype=int)]),
         np.concatenate([X[rows], X[50_000:]]),
         np.concatenate([y[rows], y[50_000:]]),

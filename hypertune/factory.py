@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -161,7 +162,7 @@ def _name(function: Callable[..., Any]) -> str:
 
 
 def _lookup(function: Callable[..., Any]) -> Any:
-    module = importlib.import_module(function.__module__)
+    module = sys.modules.get(function.__module__ or "")
     return getattr(module, getattr(function, "__qualname__", ""), None)
 
 

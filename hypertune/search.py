@@ -8,6 +8,7 @@ estimator's own) to scikit-learn's ``evaluate_candidates``, which retrains and s
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Iterator, Mapping
 from numbers import Integral, Real
@@ -19,6 +20,7 @@ from sklearn.model_selection import check_cv
 from sklearn.model_selection._search import BaseSearchCV
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import FunctionTransformer
+from sklearn.utils import get_tags
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.metaestimators import _safe_split
 from sklearn.utils.validation import _check_method_params, indexable
@@ -231,6 +233,11 @@ class HyperTrainingSearchCV(BaseSearchCV):
             error_score=error_score,
             return_train_score=return_train_score,
         )
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.target_tags = copy.deepcopy(get_tags(self.estimator).target_tags)
+        return tags
 
     # --- scikit-learn's extension points ------------------------------------------------------------------------------
 

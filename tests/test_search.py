@@ -7,13 +7,16 @@ import pandas as pd
 import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
+from numpydoc.docscrape import ClassDoc
 from optuna.distributions import FloatDistribution
 from scipy.stats import loguniform, uniform
+from sklearn import config_context
 from sklearn.base import BaseEstimator, TransformerMixin, clone, is_classifier
 from sklearn.datasets import make_regression
+from sklearn.exceptions import FitFailedWarning
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import log_loss
-from sklearn.model_selection import KFold, ParameterGrid, StratifiedKFold, cross_val_score
+from sklearn.metrics import get_scorer, log_loss
+from sklearn.model_selection import GroupKFold, KFold, ParameterGrid, StratifiedKFold, cross_val_score
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
@@ -63,13 +66,19 @@ def test_scikit_learns_own_checks(estimator, check):
     check(estimator)
 
 
+_CHECKED = {"dtype": "float64", "lr": 1e-2, "max_epochs": 40, "random_state": 0}
+_SEARCHED = {"cv": 2, "error_score": "raise", "random_state": 0}
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 @parametrize_with_checks([
+    HyperTrainingSearchCV(TorchClassifier(**_CHECKED), {"weight_decay": loguniform(1e-6, 1e-1)}, **_SEARCHED),
+    HyperTrainingSearchCV(TorchRegressor(**_CHECKED), {"weight_decay": loguniform(1e-6, 1e-1)}, **_SEARCHED),
     HyperTrainingSearchCV(
-        TorchClassifier(dtype="float64", lr=1e-2, max_epochs=40, random_state=0),
-        {"weight_decay": loguniform(1e-6, 1e-1)}, cv=2, error_score="raise", random_state=0,
-    )
+        Pipeline([("scale", StandardScaler()), ("net", TorchClassifier(**_CHECKED))]),
+        {"net__weight_decay": loguniform(1e-6, 1e-1)}, **_SEARCHED,
+    ),
 ])  # fmt: skip
 def test_scikit_learns_own_checks_with_a_torch_estimator(estimator, check):
     check(estimator)
@@ -128,6 +137,82 @@ def test_the_same_seed_gives_the_same_result(fitted, iris):
     assert_array_equal(again.history_["validation_loss"], fitted.history_["validation_loss"])
     other = search(random_state=1).fit(*iris)
     assert other.best_response_.params != fitted.best_response_.params
+
+
+def test_the_documented_attributes_are_the_fitted_ones(fitted):
+    documented = {parameter.name for parameter in ClassDoc(HyperTrainingSearchCV)["Attributes"]}
+    public = {name for name in vars(fitted) if name.endswith("_") and not name.startswith("_")}
+    assert documented - {"feature_names_in_"} == public | {"n_features_in_", "classes_"}
+
+
+@pytest.mark.parametrize("refit", [False, "accuracy", lambda results: 1])
+def test_refit_and_several_metrics_are_scikit_learns(iris, refit):
+    found = search(scoring=["accuracy", "neg_log_loss"], refit=refit, max_epochs=4).fit(*iris)
+    assert {"mean_test_accuracy", "rank_test_neg_log_loss"} <= set(found.cv_results_)
+    assert hasattr(found, "best_estimator_") == bool(refit)
+    assert hasattr(found, "best_score_") == isinstance(refit, str)
+    if callable(refit):
+        assert found.best_index_ == 1
+
+
+def test_a_failing_candidate_gets_the_error_score(iris):
+    """A setting that diverges when retrained is scored as told; if every one fails, that is an error."""
+    failing = TorchClassifier(MLP(hidden=(8,)), max_epochs=4, random_state=0)
+    make = {"estimator": failing, "evaluate": "retrain", "max_epochs": 2}
+
+    def fit(self, X, y, sample_weight=None, own=TorchClassifier.fit):
+        if self.label_smoothing == 0:  # the estimator's own setting
+            raise RuntimeError("no luck")
+        return own(self, X, y, sample_weight)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TorchClassifier, "fit", fit)
+        patch.setattr("hypertune.search._start", lambda space, current: {**current, "label_smoothing": 0.2})
+        with pytest.warns(FitFailedWarning, match="3 fits failed out of a total of 6"):
+            found = search(**make, error_score=-99.0, warmup=0.9).fit(*iris)
+        assert found.cv_results_["mean_test_score"][1] == -99.0
+        assert found.best_index_ == 0
+        with pytest.raises(RuntimeError, match="no luck"):
+            search(**make, error_score="raise", warmup=0.9).fit(*iris)
+
+
+@pytest.mark.parametrize("verbose", [1, 2, 3])
+def test_verbosity_is_grid_searchs(iris, verbose, capsys):
+    search(verbose=verbose, max_epochs=2).fit(*iris)
+    printed = capsys.readouterr().out
+    assert printed.startswith("Fitting 3 folds for each of 2 candidates, totalling 6 fits\n")
+    assert ("[CV] END" in printed) == (verbose == 2)
+    assert ("[CV 1/3] END" in printed) == (verbose == 3)
+
+
+def test_groups_reach_the_splits_of_the_hyper_training(iris):
+    """The folds of the hyper-training are the groups': the best response of a fold has not seen its validation rows."""
+    X, y = iris
+    groups = np.arange(len(y)) % 3
+    found = search(cv=GroupKFold(3), max_epochs=2).fit(X, y, groups=groups)
+    rows = [fold.valid.x.numpy() for fold in found.best_response_.folds]
+    for held_out, (_, valid) in zip(rows, GroupKFold(3).split(X, y, groups), strict=True):
+        assert_allclose(held_out, X[valid], rtol=1e-6)
+
+
+def test_routed_weights_reach_training_and_validation(iris):
+    """With scikit-learn's metadata routing, sample_weight goes where the estimator asks for it, and hyper-training weighs by it."""
+    X, y = iris
+    weight = 1.0 + (y == 0)
+    with config_context(enable_metadata_routing=True):
+        net = clone(NET).set_fit_request(sample_weight=True)
+        scorer = get_scorer("accuracy").set_score_request(sample_weight=False)
+        found = search(estimator=net, max_epochs=2, scoring=scorer).fit(X, y, sample_weight=weight)
+    fold = found.best_response_.folds[0]
+    assert_allclose(fold.train.weight.numpy(), 1.0 + (fold.train.y.numpy() == 0))
+    assert_allclose(fold.valid.weight.numpy(), 1.0 + (fold.valid.y.numpy() == 0))
+    plain = search(max_epochs=2, scoring="accuracy").fit(X, y)
+    assert plain.history_["validation_loss"][-1] != found.history_["validation_loss"][-1]
+
+
+def test_it_shows_itself_in_notebooks(fitted):
+    assert "TorchClassifier" in fitted._repr_html_()
+    assert "HyperTrainingSearchCV" in search()._repr_html_()
 
 
 def test_splits_may_come_from_a_generator(fitted, iris):

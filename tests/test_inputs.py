@@ -1,0 +1,115 @@
+"""X and y in every form that people have them in, through the estimator and through the search, unchanged afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import polars as pl
+import pytest
+import torch
+from numpy.testing import assert_allclose, assert_array_equal
+from scipy import sparse
+from scipy.stats import loguniform
+from torch import nn
+
+from hypertune import MLP, HyperTrainingSearchCV, TorchClassifier, TorchRegressor
+
+SPACE = {"weight_decay": loguniform(1e-6, 1e0)}
+NET = TorchClassifier(MLP(hidden=(8,)), max_epochs=2, random_state=0)
+
+
+def tune(estimator: Any, X: Any, y: Any) -> HyperTrainingSearchCV:
+    return HyperTrainingSearchCV(estimator, SPACE, cv=2, random_state=0, error_score="raise").fit(X, y)
+
+
+def _read_only(X: np.ndarray) -> np.ndarray:
+    X = X.copy()
+    X.setflags(write=False)
+    return X
+
+
+def _memmap(X: np.ndarray, folder: Path) -> np.ndarray:
+    np.save(folder / "X.npy", X)
+    return np.load(folder / "X.npy", mmap_mode="r")
+
+
+FORMS: dict[str, Callable[[np.ndarray, Path], Any]] = {
+    "list": lambda X, folder: X.tolist(),
+    "pandas": lambda X, folder: pd.DataFrame(X, columns=list("abcd")),
+    "polars": lambda X, folder: pl.DataFrame(X, schema=list("abcd")),
+    "torch": lambda X, folder: torch.from_numpy(X.copy()),
+    "memmap": _memmap,
+    "fortran": lambda X, folder: np.asfortranarray(X),
+    "read-only": lambda X, folder: _read_only(X),
+    "negative strides": lambda X, folder: X[::-1].copy()[::-1],
+    "big-endian": lambda X, folder: X.astype(">f8"),
+    "float32": lambda X, folder: X.astype(np.float32),
+    "object": lambda X, folder: X.astype(object),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_X_gives_the_same_search(iris, form: str, tmp_path: Path):
+    X, y = iris
+    given = FORMS[form](X, tmp_path)
+    reference = tune(NET, X, y)
+    found = tune(NET, given, y)
+    assert_allclose(np.asarray(given, dtype=float), X, rtol=1e-6)
+    assert_allclose(found.predict_proba(given), reference.predict_proba(X), rtol=1e-3, atol=1e-4)
+    assert found.best_params_ == pytest.approx(reference.best_params_, rel=1e-2)
+    if form in ("pandas", "polars"):
+        assert_array_equal(found.feature_names_in_, list("abcd"))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.int32, bool])
+def test_narrow_types_of_X_train(iris, dtype):
+    X, y = iris
+    assert tune(NET, X.astype(dtype), y).predict(X.astype(dtype)).shape == y.shape
+
+
+LABELS: dict[str, Callable[[np.ndarray], Any]] = {
+    "strings": lambda y: np.array(["no", "yes"])[y],
+    "objects": lambda y: np.array(["no", "yes"], dtype=object)[y],
+    "booleans": lambda y: y == 1,
+    "signed": lambda y: 2 * y - 1,
+    "pandas categorical": lambda y: pd.Series(pd.Categorical(np.array(["no", "yes"])[y], categories=["yes", "no"])),
+    "pandas strings": lambda y: pd.Series(np.array(["no", "yes"])[y]),
+    "list": lambda y: y.tolist(),
+    "torch": lambda y: torch.from_numpy(y),
+}
+
+
+@pytest.mark.parametrize("kind", LABELS)
+def test_every_kind_of_label_is_predicted_as_itself(breast_cancer, kind: str):
+    X, y = breast_cancer[0][:200], breast_cancer[1][:200]
+    labels = LABELS[kind](y)
+    found = tune(TorchClassifier(MLP(hidden=()), max_epochs=40, lr=1e-2, random_state=0), X, labels)
+    assert_array_equal(found.classes_, np.unique(np.asarray(labels)))
+    assert (found.predict(X) == np.asarray(labels)).mean() > 0.9
+
+
+def test_images_go_through_the_search():
+    def conv(shape: tuple[int, int, int], n_outputs: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(shape[0], 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, n_outputs))
+
+    X = np.random.default_rng(0).normal(size=(40, 2, 6, 6))
+    found = tune(TorchClassifier(conv, max_epochs=2, random_state=0), X, np.arange(40) % 2)
+    assert found.predict_proba(X).shape == (40, 2)
+
+
+def test_several_targets_go_through_the_search():
+    X = np.random.default_rng(0).normal(size=(60, 4))
+    Y = X @ np.random.default_rng(1).normal(size=(4, 3))
+    found = tune(TorchRegressor(MLP(hidden=()), lr=0.05, random_state=0), X, pd.DataFrame(Y))
+    assert found.predict(X).shape == (60, 3)
+    assert found.best_score_ > 0.9
+
+
+def test_sparse_X_is_refused_before_training(iris):
+    X, y = iris
+    with pytest.raises(TypeError, match=r"[Ss]parse data was passed.*dense data is required"):
+        tune(NET, sparse.csr_matrix(X), y)
