@@ -281,6 +281,10 @@ class HyperTrainingSearchCV(BaseSearchCV):
         return self
 
     def _get_routed_params_for_fit(self, params: Any) -> Any:
+        if self._inputs[1] is None and get_tags(self).target_tags.required:
+            raise ValueError(
+                f"{type(self).__name__} requires y to be passed, but the target y is None: the validation loss needs it."
+            )
         routed = super()._get_routed_params_for_fit(params)
         self._routed = routed
         return routed
@@ -300,10 +304,6 @@ class HyperTrainingSearchCV(BaseSearchCV):
 
     def _propose_candidates(self) -> list[dict[str, Any]]:
         """Hyper-train, and return the settings to verify. A subclass may put any other proposal in its place."""
-        if self._inputs[1] is None:
-            raise ValueError(
-                f"{type(self).__name__} requires y to be passed, but the target y is None: the validation loss needs it."
-            )
         space = Space.from_distributions(self.param_distributions)
         net, prefix = _net(self.estimator), _prefix(self.estimator)
         self._check_space(space)
