@@ -134,12 +134,13 @@ def _tune(ridge: Ridge, algorithm: str, name: str, steps: int = 3000) -> tuple[T
     return lam_hat, hypernetwork
 
 
-# How far λ̂ may end from λ* (both in log units). A linear function of λ is the paper's own approximation over a broad
-# p(λ), and Algorithm 4 learns a secant, not the tangent; both are therefore allowed more.
+# How far λ̂ may end from λ* (both in log units). Over a broad p(λ) a function linear in λ is biased, however long it is
+# trained, and therefore allowed more.
 TOLERANCE = {
     ("joint", "linear"): 0.15, ("joint", "low_rank"): 0.15, ("joint", "mlp"): 0.15, ("joint", "gated"): 0.15,
-    ("global", "linear"): 0.6, ("global", "low_rank"): 0.6, ("global", "mlp"): 0.3, ("global", "gated"): 0.3,
-    ("simplified", "linear"): 0.35, ("simplified", "low_rank"): 0.35, ("simplified", "mlp"): 0.35, ("simplified", "gated"): 0.35,
+    ("global", "linear"): 0.45, ("global", "low_rank"): 0.45, ("global", "mlp"): 0.15, ("global", "gated"): 0.15,
+    ("simplified", "linear"): 0.15, ("simplified", "low_rank"): 0.15,
+    ("simplified", "mlp"): 0.15, ("simplified", "gated"): 0.15,
 }  # fmt: skip
 
 
