@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from joblib.externals import cloudpickle
 from numpy.testing import assert_allclose, assert_array_equal
 from numpydoc.docscrape import ClassDoc
 from optuna.distributions import FloatDistribution
@@ -240,6 +241,17 @@ def test_it_goes_where_a_grid_search_goes(iris):
     travelled = pickle.loads(pickle.dumps(over))
     assert_array_equal(travelled.predict_proba(X), over.predict_proba(X))
     assert travelled.best_response_.validation_loss() == over.best_response_.validation_loss()
+
+
+def test_a_lambda_factory_reaches_worker_processes_and_travels_by_cloudpickle(iris):
+    X, y = iris
+    net = TorchClassifier(lambda n, m: nn.Linear(n, m), max_epochs=2, random_state=0)
+    found = search(estimator=net, param_distributions={"weight_decay": loguniform(1e-6, 1)}, n_jobs=2).fit(X, y)
+    travelled = cloudpickle.loads(cloudpickle.dumps(found))
+    assert_array_equal(travelled.predict_proba(X), found.predict_proba(X))
+    assert travelled.best_response_.validation_loss() == found.best_response_.validation_loss()
+    with pytest.raises((pickle.PicklingError, AttributeError), match="lambda"):
+        pickle.dumps(found)
 
 
 class Recorder(TransformerMixin, BaseEstimator):
