@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pickle
 
+import cloudpickle
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from joblib.externals import cloudpickle
 from numpy.testing import assert_allclose, assert_array_equal
 from numpydoc.docscrape import ClassDoc
 from optuna.distributions import FloatDistribution
