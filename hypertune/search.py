@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self
 
@@ -274,7 +275,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
             super().fit(X, y, **params)
         finally:
             self.__dict__.update(own)
-            for name in ("_inputs", "_routed", "_responses"):
+            for name in ("_inputs", "_routed", "_responses", "_callback_ctx"):
                 self.__dict__.pop(name, None)
         if self.evaluate == "hypernetwork" and self.refit:
             del _net(self.best_estimator_)._responses
@@ -289,7 +290,14 @@ class HyperTrainingSearchCV(BaseSearchCV):
         self._routed = routed
         return routed
 
+    def _init_callback_context(
+        self, task_name: str = "fit", task_id: int = 0, max_subtasks: int = 0, sequential_subtasks: bool = True
+    ) -> Any:
+        # scikit-learn counts the search and the refit; the hyper-training is one task more.
+        return super()._init_callback_context(task_name, task_id, max_subtasks + 1, sequential_subtasks)
+
     def _run_search(self, evaluate_candidates: Any, *, callback_ctx: Any = None) -> None:
+        self._callback_ctx = callback_ctx
         candidates = self._propose_candidates()
         if callback_ctx is None:
             evaluate_candidates(candidates)
@@ -309,25 +317,30 @@ class HyperTrainingSearchCV(BaseSearchCV):
         self._check_space(space)
         check_names(net, space, prefix)
         current = self._current(space)
-        response, self.history_ = hyper_train(
-            space,
-            prefix,
-            self._folds(),
-            _start(space, current),
-            algorithm=self.algorithm,
-            hypernetwork=HYPERNETWORKS[self.hypernetwork] if isinstance(self.hypernetwork, str) else self.hypernetwork,
-            response_optimizer=self.response_optimizer,
-            max_epochs=net.max_epochs if self.max_epochs is None else self.max_epochs,
-            scale=self.scale,
-            n_samples=self.n_samples,
-            hyper_lr=self.hyper_lr,
-            hyper_lr_schedule=self.hyper_lr_schedule,
-            hyper_eps=self.hyper_eps,
-            warmup=self.warmup,
-            averaging=self.averaging,
-            seed=draw_seed(self.random_state),
-            progress=self.verbose > 0,
-        )
+        max_epochs = net.max_epochs if self.max_epochs is None else self.max_epochs
+        with _epoch_tasks(self, self._callback_ctx, max_epochs) as each_epoch:
+            response, self.history_ = hyper_train(
+                space,
+                prefix,
+                self._folds(),
+                _start(space, current),
+                algorithm=self.algorithm,
+                hypernetwork=HYPERNETWORKS[self.hypernetwork]
+                if isinstance(self.hypernetwork, str)
+                else self.hypernetwork,
+                response_optimizer=self.response_optimizer,
+                max_epochs=max_epochs,
+                scale=self.scale,
+                n_samples=self.n_samples,
+                hyper_lr=self.hyper_lr,
+                hyper_lr_schedule=self.hyper_lr_schedule,
+                hyper_eps=self.hyper_eps,
+                warmup=self.warmup,
+                averaging=self.averaging,
+                seed=draw_seed(self.random_state),
+                progress=self.verbose > 0,
+                each_epoch=each_epoch,
+            )
         self.best_response_ = response
         if self.evaluate == "hypernetwork":
             self._responses.append(response)
@@ -391,6 +404,26 @@ class HyperTrainingSearchCV(BaseSearchCV):
                     f"{where}: its current value {valid[name]!r} is not a number, so there is no gradient to follow. Set it on "
                     "the estimator, or give it to an outer search (OptunaSearchCV, GridSearchCV)."
                 )
+
+
+@contextmanager
+def _epoch_tasks(search: HyperTrainingSearchCV, context: Any, n_epochs: int) -> Iterator[Callable[[], None]]:
+    """The hyper-training as a task of scikit-learn's callbacks, with one child per epoch; yields what ends an epoch."""
+    if context is None:
+        yield lambda: None
+        return
+    task = context.subcontext(task_name="hyper-training", max_subtasks=n_epochs).call_on_fit_task_begin(
+        estimator=search
+    )
+    begun = [task.subcontext(task_name="epoch").call_on_fit_task_begin(estimator=search)]
+
+    def end_epoch() -> None:
+        begun[-1].call_on_fit_task_end(estimator=search)
+        if len(begun) < n_epochs:
+            begun.append(task.subcontext(task_name="epoch").call_on_fit_task_begin(estimator=search))
+
+    yield end_epoch
+    task.call_on_fit_task_end(estimator=search)
 
 
 def _start(space: Space, current: Mapping[str, float]) -> dict[str, float]:

@@ -64,8 +64,11 @@ def hyper_train(
     averaging: float,
     seed: int,
     progress: bool,
+    each_epoch: Callable[[], None],
 ) -> tuple[BestResponse, dict[str, np.ndarray]]:
     """Run one of the three algorithms; the parameters are those of ``HyperTrainingSearchCV``.
+
+    ``each_epoch`` is called after every pass through the training rows.
 
     Returns
     -------
@@ -114,6 +117,8 @@ def hyper_train(
                 if step.valid_loss is not None:
                     lam_schedule.step()
                 trace.see(number, step)
+                if number % per_epoch == 0:
+                    each_epoch()
                 if number % every == 0 or number == steps:
                     trace.record(number)
                     bar.update(number - bar.n)

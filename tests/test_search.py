@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+from collections import Counter
 
 import cloudpickle
 import numpy as np
@@ -209,6 +210,22 @@ def test_routed_weights_reach_training_and_validation(iris):
     assert_allclose(fold.valid.weight.numpy(), 1.0 + (fold.valid.y.numpy() == 0))
     plain = search(max_epochs=2, scoring="accuracy").fit(X, y)
     assert plain.history_["validation_loss"][-1] != found.history_["validation_loss"][-1]
+
+
+@pytest.mark.skipif(
+    not hasattr(HyperTrainingSearchCV, "set_callbacks"), reason="scikit-learn before 1.9 has no callbacks"
+)
+def test_callbacks_see_every_epoch_and_every_retraining(iris):
+    from sklearn.callback.tests._utils import RecordingCallback
+
+    callback = RecordingCallback()
+    search(max_epochs=5).set_callbacks(callback).fit(*iris)
+    for hook in ("on_fit_task_begin", "on_fit_task_end"):
+        tasks = Counter(record["context"].task_name for record in callback.record if record["name"] == hook)
+        assert tasks == {
+            "fit": 1, "hyper-training": 1, "epoch": 5, "search": 1, "candidate-split-evaluation": 6,
+            "refit-with-best-params": 1,
+        }  # fmt: skip
 
 
 def test_it_shows_itself_in_notebooks(fitted):
