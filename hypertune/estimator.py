@@ -66,7 +66,11 @@ class TorchEstimator(BaseEstimator):
     verbose: int
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         "module": [None, callable],
-        **{name: [Interval(Real, *bounds, closed="both")] for name, bounds in LOSS_HYPERPARAMETERS.items()},
+        **{
+            name: [Interval(Real, *bounds, closed="both")]
+            for name, bounds in LOSS_HYPERPARAMETERS.items()
+            if name != "label_smoothing"
+        },
         "optimizer": [StrOptions(set(_OPTIMIZERS)), callable],
         "lr": [Interval(Real, 0, None, closed="neither")],
         "lr_schedule": [StrOptions(set(_LR_SCHEDULES))],
@@ -299,6 +303,7 @@ class TorchClassifier(ClassifierMixin, TorchEstimator):
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         **TorchEstimator._parameter_constraints,
         "criterion": [StrOptions(set(CLASSIFICATION_LOSSES)), callable],
+        "label_smoothing": [Interval(Real, *LOSS_HYPERPARAMETERS["label_smoothing"], closed="both")],
     }
     _losses = CLASSIFICATION_LOSSES
     _checks: Mapping[str, Any] = {"allow_nd": True}

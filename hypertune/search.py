@@ -167,6 +167,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         **BaseSearchCV._parameter_constraints,
+        "param_distributions": [Mapping],
         "algorithm": [StrOptions({"joint", "global", "simplified"})],
         "hypernetwork": [StrOptions(set(HYPERNETWORKS)), HasMethods("build")],
         "evaluate": [StrOptions({"retrain", "hypernetwork"})],

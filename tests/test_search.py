@@ -21,7 +21,11 @@ from sklearn.metrics import get_scorer, log_loss
 from sklearn.model_selection import GroupKFold, KFold, ParameterGrid, StratifiedKFold, cross_val_score
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
-from sklearn.utils.estimator_checks import parametrize_with_checks
+from sklearn.utils.estimator_checks import (
+    check_dataframe_column_names_consistency,
+    check_param_validation,
+    parametrize_with_checks,
+)
 from torch import nn
 
 from hypertune import MLP, BestResponse, HyperTrainingSearchCV, TorchClassifier, TorchRegressor
@@ -84,6 +88,17 @@ _SEARCHED = {"cv": 2, "error_score": "raise", "random_state": 0}
 ])  # fmt: skip
 def test_scikit_learns_own_checks_with_a_torch_estimator(estimator, check):
     check(estimator)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("check", [check_param_validation, check_dataframe_column_names_consistency])
+@pytest.mark.parametrize(
+    "estimator", [TorchClassifier(max_epochs=2), TorchRegressor(max_epochs=2), search(scoring=None, max_epochs=2, cv=2)]
+)
+def test_scikit_learns_checks_of_parameters_and_column_names(estimator, check):
+    """Two that scikit-learn holds its own estimators to, beyond check_estimator."""
+    check(type(estimator).__name__, estimator)
 
 
 def test_what_is_fitted_is_scikit_learns(fitted, iris):
