@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import joblib
@@ -36,12 +36,20 @@ class Fold:
         The steps before the net, fitted on this fold's training rows, and an identity at the end.
     train, valid : Rows
         Preprocessed rows as tensors.
+    key : str, default=""
+        Fingerprint of the training rows, once they are let go of.
     """
 
     net: TorchEstimator
     preprocess: Pipeline | None
     train: Rows
     valid: Rows
+    key: str = ""
+
+    def without_training_rows(self) -> Fold:
+        """What a trained response needs of the fold: a search that is kept or pickled holds no copy of its training data."""
+        nothing = Rows(self.train.x[:0], self.train.y[:0])
+        return replace(self, train=nothing, key=fingerprint(self.train))
 
 
 @dataclass
@@ -61,7 +69,7 @@ class BestResponse:
     objective : Objective
         The losses that it was trained on.
     folds : list of Fold
-        The K splits, preprocessed.
+        The K splits: fitted preprocessing and validation rows, without the training rows.
 
     Notes
     -----
@@ -124,10 +132,10 @@ class BestResponse:
 
     def module_for(self, net: TorchEstimator, rows: Rows) -> nn.Module | None:
         """The module at ``net``'s setting if ``rows`` are the training rows of a fold, else None."""
-        keys = [_key(fold.train) for fold in self.folds]
-        if _key(rows) not in keys:
+        keys, key = [fold.key for fold in self.folds], fingerprint(rows)
+        if key not in keys:
             return None
-        fold = keys.index(_key(rows))
+        fold = keys.index(key)
         own = net.get_params()
         setting = {name: own[name.removeprefix(self.prefix)] for name in self.space.names}
         return self._module(net, self._lam([setting]), fold)
@@ -165,7 +173,8 @@ class BestResponse:
         return {name.removeprefix(self.prefix): value for name, value in setting.items()}
 
 
-def _key(rows: Rows) -> str:
+def fingerprint(rows: Rows) -> str:
+    """The same for the same rows in the same order, in any process."""
     return joblib.hash([None if t is None else t.cpu().numpy() for t in rows])
 
 

@@ -126,6 +126,7 @@ def hyper_train(
     response.params = space.decode(trace.average())
     phi.center = phi.center.detach().clone()
     phi.requires_grad_(False)
+    response.folds = [fold.without_training_rows() for fold in folds]
     return response, trace.arrays()
 
 

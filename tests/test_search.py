@@ -29,6 +29,7 @@ from sklearn.utils.estimator_checks import (
 from torch import nn
 
 from hypertune import MLP, BestResponse, HyperTrainingSearchCV, TorchClassifier, TorchRegressor
+from hypertune.batches import Minibatches
 from hypertune.hypernetworks import HYPERNETWORKS, LowRank
 
 SPACE = {
@@ -212,17 +213,25 @@ def test_groups_reach_the_splits_of_the_hyper_training(iris):
         assert_allclose(held_out, X[valid], rtol=1e-6)
 
 
-def test_routed_weights_reach_training_and_validation(iris):
+def test_routed_weights_reach_training_and_validation(iris, monkeypatch):
     """With scikit-learn's metadata routing, sample_weight goes where the estimator asks for it, and hyper-training weighs by it."""
     X, y = iris
     weight = 1.0 + (y == 0)
+    seen: list = []
+
+    class Recording(Minibatches):
+        def __init__(self, folds, *args, **kwargs):
+            seen.extend(folds)
+            super().__init__(folds, *args, **kwargs)
+
+    monkeypatch.setattr("hypertune.training.Minibatches", Recording)
     with config_context(enable_metadata_routing=True):
         net = clone(NET).set_fit_request(sample_weight=True)
         scorer = get_scorer("accuracy").set_score_request(sample_weight=False)
         found = search(estimator=net, max_epochs=2, scoring=scorer).fit(X, y, sample_weight=weight)
-    fold = found.best_response_.folds[0]
-    assert_allclose(fold.train.weight.numpy(), 1.0 + (fold.train.y.numpy() == 0))
-    assert_allclose(fold.valid.weight.numpy(), 1.0 + (fold.valid.y.numpy() == 0))
+    for rows in seen + [fold.valid for fold in found.best_response_.folds]:
+        assert_allclose(rows.weight.numpy(), 1.0 + (rows.y.numpy() == 0))
+    assert len(seen) == 6
     plain = search(max_epochs=2, scoring="accuracy").fit(X, y)
     assert plain.history_["validation_loss"][-1] != found.history_["validation_loss"][-1]
 
@@ -386,6 +395,11 @@ def test_the_best_response_answers_at_any_setting(fitted, iris):
         response.validation_loss({"lr": 0.1})
     with pytest.raises(ValueError, match="outside its declared range"):
         response.estimator_at({"weight_decay": 100.0})
+
+
+def test_a_kept_search_holds_no_training_rows(fitted, iris):
+    assert all(len(fold.train.x) == 0 for fold in fitted.best_response_.folds)
+    assert sum(len(fold.valid.x) for fold in fitted.best_response_.folds) == len(iris[0])
 
 
 def test_a_pipelines_best_response_is_a_pipeline(iris):
