@@ -363,24 +363,23 @@ class HyperTrainingSearchCV(BaseSearchCV):
     def _fold(self, X: Any, y: Any, train: np.ndarray, valid: np.ndarray) -> Fold:
         X_train, y_train = _safe_split(self.estimator, X, y, train)
         X_valid, y_valid = _safe_split(self.estimator, X, y, valid, train)
+        fit_params = self._fit_params_of(X, train)
         preprocess = None
         if isinstance(self.estimator, Pipeline) and len(self.estimator.steps) > 1:
             # The identity at its end counts as fitted, whatever the user's last transformer says of itself.
             preprocess = clone(Pipeline([*self.estimator.steps[:-1], ("identity", FunctionTransformer())]))
-            X_train = preprocess.fit_transform(X_train, y_train)
+            earlier = {name: value for name, value in fit_params.items() if "__" in name}
+            X_train = preprocess.fit_transform(X_train, y_train, **earlier)
             X_valid = preprocess.transform(X_valid)
         net = clone(_net(self.estimator))
-        encoded = net._encode(X_train, y_train, self._sample_weight(X, train), all_y=y)
-        return Fold(net, preprocess, encoded, net._encode_more(X_valid, y_valid, self._sample_weight(X, valid)))
+        encoded = net._encode(X_train, y_train, fit_params.get("sample_weight"), all_y=y)
+        weight = self._fit_params_of(X, valid).get("sample_weight")
+        return Fold(net, preprocess, encoded, net._encode_more(X_valid, y_valid, weight))
 
-    def _sample_weight(self, X: Any, indices: np.ndarray) -> Any:
-        """The rows' ``sample_weight`` among the fit parameters, if any."""
-        names = ["sample_weight"]
-        if isinstance(self.estimator, Pipeline):
-            names.append(f"{self.estimator.steps[-1][0]}__sample_weight")
-        passed = self._routed.estimator.fit
-        weights = {name: passed[name] for name in names if passed.get(name) is not None}
-        return next(iter(_check_method_params(X, weights, indices=indices).values()), None)
+    def _fit_params_of(self, X: Any, indices: np.ndarray) -> dict[str, Any]:
+        """The fit parameters for some rows: the net's own under their own names, earlier steps' as ``step__name``."""
+        params = _check_method_params(X, self._routed.estimator.fit, indices=indices)
+        return {name.removeprefix(_prefix(self.estimator)): value for name, value in params.items()}
 
     # --- refusals, before anything is computed ----------------------------------------------------------------------------
 

@@ -252,6 +252,31 @@ def test_callbacks_see_every_epoch_and_every_retraining(iris):
         }  # fmt: skip
 
 
+def test_fit_parameters_of_earlier_steps_reach_them_in_every_fold(iris):
+    X, y = iris
+
+    class Marked(TransformerMixin, BaseEstimator):
+        seen: list = []  # noqa: RUF012
+
+        def fit(self, X, y=None, mark=None):
+            Marked.seen.append(np.array_equal(mark, X[:, -1]))
+            return self
+
+        def transform(self, X):
+            return X[:, :-1]
+
+    X = np.column_stack([X, np.arange(len(X))])
+    net = Pipeline([("marked", Marked()), ("net", NET)])
+    space = {"net__weight_decay": loguniform(1e-4, 1)}
+    weight = 1.0 + (y == 0)
+    found = search(estimator=net, param_distributions=space, max_epochs=2)
+    found.fit(X, y, marked__mark=X[:, -1], net__sample_weight=weight)
+    assert len(Marked.seen) == 3 + 6 + 1  # hyper-training, verification, refit
+    assert all(Marked.seen)
+    fold = found.best_response_.folds[0].valid
+    assert_allclose(fold.weight.numpy(), 1.0 + (fold.y.numpy() == 0))
+
+
 def test_it_shows_itself_in_notebooks(fitted):
     assert "TorchClassifier" in fitted._repr_html_()
     assert "HyperTrainingSearchCV" in search()._repr_html_()
