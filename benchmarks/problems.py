@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,6 +98,3 @@ def mnist_mlp(seed: int, directory: str | None) -> Problem:
         X_test, y_test,
         refit_rows=5_000,
     )  # fmt: skip
-
-
-PROBLEMS: dict[str, Callable[..., Problem]] = {"digits": digits, "mnist-mlp": mnist_mlp}
