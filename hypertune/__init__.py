@@ -1,7 +1,7 @@
 """hypertune: hyperparameter search for PyTorch models by gradients, as a scikit-learn search.
 
 Grid, random and Bayesian search pay one training run for every setting they try. Hyper-training (Lorraine & Duvenaud
-2018) pays about one or two in all: a *hypernetwork* learns the weights as a function of the hyperparameters while they
+2018) trains once: a *hypernetwork* learns the weights as a function of the hyperparameters while they
 train, and the hyperparameters descend the validation loss through it.
 
 >>> from scipy.stats import loguniform, uniform

@@ -269,8 +269,8 @@ class TangentOptimizer:
 
         V ← V − α Σ_m (f − f̄) ⊗ P G / (Σ_m ‖f − f̄‖² + 2 · average of Σ_m (f − f̄)²),     f̄ the mean over the m samples
 
-    For the linear hypernetwork and a pair λ̂ ± σε this is α/(|ε|² + 2) · P (g₊ − g₋)/2σ ⊗ ε: an unbiased step of
-    H V + ∂²L/∂w∂λ, the equation whose root is dw*/dλ. It is stable whenever w₀'s training is and does not depend on
+    For the linear hypernetwork and a pair λ̂ ± σε this is α/(|ε|² + 2) · P (g₊ − g₋)/2σ ⊗ ε: on average, and to first order in
+    σ, a multiple of P (H V + ∂²L/∂w∂λ), whose root is dw*/dλ. It is stable whenever w₀'s training is and does not depend on
     the scale of f. Subtracting f̄ cancels the noise that the m samples share.
 
     Parameters

@@ -133,10 +133,11 @@ def test_the_estimators_own_setting_is_verified_too(iris):
     assert found.best_score_ >= found.cv_results_["mean_test_score"][1]
 
 
-def test_nothing_of_the_users_is_changed(iris):
+@pytest.mark.parametrize("evaluate", ["retrain", "hypernetwork"])
+def test_nothing_of_the_users_is_changed(iris, evaluate):
     X, y = (a.copy() for a in iris)
     net = clone(NET)
-    made = search(estimator=net)
+    made = search(estimator=net, evaluate=evaluate)
     before = repr(made)
     torch.manual_seed(5)
     rng = torch.get_rng_state()
