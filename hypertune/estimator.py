@@ -12,6 +12,7 @@ They are what ``refit`` fits, what the baselines tune, and what every search of 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
@@ -26,6 +27,7 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 from torch import Tensor, nn
 
 from hypertune.batches import Minibatches, Rows
+from hypertune.callbacks import CallbackSupportMixin, fit_task, with_callbacks
 from hypertune.factory import MLP
 from hypertune.modules import Reach
 from hypertune.objective import (
@@ -50,7 +52,7 @@ _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _PREDICT_ROWS = 4096
 
 
-class TorchEstimator(BaseEstimator):
+class TorchEstimator(CallbackSupportMixin, BaseEstimator):
     """What the two estimators share. The parameters are described there."""
 
     module: Any
@@ -86,6 +88,7 @@ class TorchEstimator(BaseEstimator):
     _row_shape: tuple[int, ...]
     _responses: Sequence[Any] = ()  # best responses to take the weights from, under evaluate="hypernetwork"
 
+    @with_callbacks
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
         """Train from scratch.
 
@@ -111,17 +114,27 @@ class TorchEstimator(BaseEstimator):
                 self._adopt(known)
                 return self
         seed = draw_seed(self.random_state)
-        with isolated(seed, self.device):
+        metadata = None if sample_weight is None else {"sample_weight": sample_weight}
+        with isolated(seed, self.device), fit_task(self, self.max_epochs, X=X, y=y, metadata=metadata) as end_epoch:
             module = self._build_module()
             objective = self._make_objective(module)
             self._check_outputs(objective, rows.x[:2])
             w = nn.Parameter(objective.initial_weights()[None])
+
+            def trained() -> nn.Module:
+                return objective.load_into(copy.deepcopy(module), w[0]).eval().requires_grad_(False)
+
             stream = Minibatches([rows], self.batch_size, seed=seed)
-            self.loss_curve_ = self._train(objective, w, stream)
-        self._adopt(objective.load_into(module, w[0]))
+            self.loss_curve_ = self._train(
+                objective, w, stream, lambda: end_epoch(reconstruction_attributes=lambda: {"module_": trained()})
+            )
+        self._adopt(trained())
+        self.n_iter_ = len(self.loss_curve_)
         return self
 
-    def _train(self, objective: Objective, w: nn.Parameter, stream: Minibatches) -> list[float]:
+    def _train(
+        self, objective: Objective, w: nn.Parameter, stream: Minibatches, end_epoch: Callable[[], bool]
+    ) -> list[float]:
         """Algorithm 1, inner loop: w (1, D) descends L_Train(w, λ, x) in place; the mean loss of each epoch."""
         optimizer, schedule = self._make_optimizer([w], self.max_epochs * stream.steps_per_epoch)
         curve = []
@@ -141,6 +154,8 @@ class TorchEstimator(BaseEstimator):
                 )
             if self.verbose:
                 print(f"[{type(self).__name__}] epoch {epoch}/{self.max_epochs}, training loss {curve[-1]:.4f}")
+            if end_epoch():
+                break
         return curve
 
     def __sklearn_clone__(self) -> Self:

@@ -26,6 +26,7 @@ from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.metaestimators import _safe_split
 from sklearn.utils.validation import _check_method_params, indexable
 
+from hypertune.callbacks import epochs
 from hypertune.estimator import TorchEstimator
 from hypertune.hypernetworks import HYPERNETWORKS, Builder
 from hypertune.randomness import draw_seed
@@ -319,7 +320,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
         check_names(net, space, prefix)
         current = self._current(space)
         max_epochs = net.max_epochs if self.max_epochs is None else self.max_epochs
-        with _epoch_tasks(self, self._callback_ctx, max_epochs) as each_epoch:
+        with self._hyper_training_task(max_epochs) as end_epoch:
             response, self.history_ = hyper_train(
                 space,
                 prefix,
@@ -340,13 +341,24 @@ class HyperTrainingSearchCV(BaseSearchCV):
                 averaging=self.averaging,
                 seed=draw_seed(self.random_state),
                 progress=self.verbose > 0,
-                each_epoch=each_epoch,
+                end_epoch=end_epoch,
             )
         self.best_response_ = response
         if self.evaluate == "hypernetwork":
             self._responses.append(response)
             return [response.params]
         return [response.params, current]
+
+    @contextmanager
+    def _hyper_training_task(self, n_epochs: int) -> Iterator[Callable[..., bool]]:
+        context = self._callback_ctx
+        if context is not None:
+            context = context.subcontext(task_name="hyper-training", max_subtasks=n_epochs)
+            context.call_on_fit_task_begin(estimator=self)
+        with epochs(self, context, n_epochs) as end_epoch:
+            yield end_epoch
+        if context is not None:
+            context.call_on_fit_task_end(estimator=self)
 
     def _current(self, space: Space) -> dict[str, float]:
         """The estimator's own setting, moved into the declared bounds."""
@@ -404,26 +416,6 @@ class HyperTrainingSearchCV(BaseSearchCV):
                     f"{where}: its current value {valid[name]!r} is not a number, so there is no gradient to follow. Set it on "
                     "the estimator, or give it to an outer search (OptunaSearchCV, GridSearchCV)."
                 )
-
-
-@contextmanager
-def _epoch_tasks(search: HyperTrainingSearchCV, context: Any, n_epochs: int) -> Iterator[Callable[[], None]]:
-    """The hyper-training as a task of scikit-learn's callbacks, with one child per epoch; yields what ends an epoch."""
-    if context is None:
-        yield lambda: None
-        return
-    task = context.subcontext(task_name="hyper-training", max_subtasks=n_epochs).call_on_fit_task_begin(
-        estimator=search
-    )
-    begun = [task.subcontext(task_name="epoch").call_on_fit_task_begin(estimator=search)]
-
-    def end_epoch() -> None:
-        begun[-1].call_on_fit_task_end(estimator=search)
-        if len(begun) < n_epochs:
-            begun.append(task.subcontext(task_name="epoch").call_on_fit_task_begin(estimator=search))
-
-    yield end_epoch
-    task.call_on_fit_task_end(estimator=search)
 
 
 def _start(space: Space, current: Mapping[str, float]) -> dict[str, float]:

@@ -64,11 +64,11 @@ def hyper_train(
     averaging: float,
     seed: int,
     progress: bool,
-    each_epoch: Callable[[], None],
+    end_epoch: Callable[..., bool],
 ) -> tuple[BestResponse, dict[str, np.ndarray]]:
     """Run one of the three algorithms; the parameters are those of ``HyperTrainingSearchCV``.
 
-    ``each_epoch`` is called after every pass through the training rows.
+    ``end_epoch`` is called after every pass through the training rows, and ends the run by answering True.
 
     Returns
     -------
@@ -117,12 +117,13 @@ def hyper_train(
                 if step.valid_loss is not None:
                     lam_schedule.step()
                 trace.see(number, step)
-                if number % per_epoch == 0:
-                    each_epoch()
-                if number % every == 0 or number == steps:
+                stop = number % per_epoch == 0 and end_epoch()
+                if number % every == 0 or number == steps or stop:
                     trace.record(number)
                     bar.update(number - bar.n)
                     bar.set_postfix(validation_loss=f"{trace.rows[-1]['validation_loss']:.4g}")
+                if stop:
+                    break
     response.params = space.decode(trace.average())
     phi.center = phi.center.detach().clone()
     phi.requires_grad_(False)

@@ -9,6 +9,7 @@ import hypertune
 
 ROOMS = {  # room -> the rooms it may import from
     "randomness": set(),
+    "callbacks": set(),
     "space": set(),
     "factory": set(),
     "modules": set(),
@@ -16,7 +17,7 @@ ROOMS = {  # room -> the rooms it may import from
     "hypernetworks": set(),
     "objective": {"batches", "modules"},
     "algorithms": {"hypernetworks"},
-    "estimator": {"batches", "factory", "modules", "objective", "randomness"},
+    "estimator": {"batches", "callbacks", "factory", "modules", "objective", "randomness"},
     "response": {"algorithms", "batches", "estimator", "hypernetworks", "objective", "randomness", "space"},
     "tunable": {"estimator", "modules", "objective", "randomness", "space"},
     "training": {
@@ -32,7 +33,7 @@ ROOMS = {  # room -> the rooms it may import from
             "tunable",
         ),
     },
-    "search": {"estimator", "hypernetworks", "randomness", "response", "space", "training", "tunable"},
+    "search": {"callbacks", "estimator", "hypernetworks", "randomness", "response", "space", "training", "tunable"},
 }
 PACKAGE = Path(hypertune.__file__).parent
 

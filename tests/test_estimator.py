@@ -211,3 +211,26 @@ def test_bad_data_are_refused(iris):
         TorchClassifier().fit(np.where(X > 1, np.inf, X), y)
     with pytest.raises(ValueError, match="zero"):
         TorchClassifier().fit(X, y, sample_weight=np.zeros(len(X)))
+
+
+@pytest.mark.skipif(not hasattr(TorchClassifier, "set_callbacks"), reason="scikit-learn before 1.9 has no callbacks")
+def test_callbacks_see_every_epoch_with_a_model_that_predicts_and_may_stop(iris):
+    from sklearn.callback import ScoringMonitor
+    from sklearn.callback.tests._utils import RecordingCallback
+
+    class StopAfter(RecordingCallback):
+        scores: list = []  # noqa: RUF012
+
+        def on_fit_task_end(self, estimator, context, *, X, y, fitted_estimator=None):
+            if context.task_name == "epoch":
+                self.scores.append(fitted_estimator.score(X, y))
+            return len(self.scores) == 7
+
+    model = TorchClassifier(MLP((8,)), max_epochs=20, random_state=0)
+    stopped = clone(model).set_callbacks(StopAfter()).fit(*iris)
+    assert stopped.n_iter_ == len(stopped.loss_curve_) == len(StopAfter.scores) == 7
+    assert stopped.score(*iris) == StopAfter.scores[-1] > StopAfter.scores[0]
+    monitor = ScoringMonitor(scoring="accuracy")
+    assert len(clone(model).set_callbacks(monitor).fit(*iris).loss_curve_) == 20
+    assert monitor.get_logs().data_as_pandas["accuracy"].tolist()[:7] == StopAfter.scores
+    assert stopped.loss_curve_ == model.fit(*iris).loss_curve_[:7]  # watching changes nothing

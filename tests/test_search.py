@@ -253,6 +253,24 @@ def test_callbacks_see_every_epoch_and_every_retraining(iris):
         }  # fmt: skip
 
 
+@pytest.mark.skipif(
+    not hasattr(HyperTrainingSearchCV, "set_callbacks"), reason="scikit-learn before 1.9 has no callbacks"
+)
+def test_progress_bars_reach_the_nets_and_a_callback_may_stop_the_hyper_training(iris, capsys):
+    from sklearn.callback import ProgressBar
+    from sklearn.callback.tests._utils import RecordingCallback
+
+    search(max_epochs=2).set_callbacks(ProgressBar()).fit(*iris)  # a warning that it does not arrive would fail
+    assert "TorchClassifier" in capsys.readouterr().out
+
+    class StopAfter(RecordingCallback):
+        def on_fit_task_end(self, estimator, context, **kwargs):
+            return context.task_name == "epoch" and context.task_id == 1
+
+    found = search(max_epochs=5).set_callbacks(StopAfter()).fit(*iris)
+    assert found.history_["epoch"][-1] == 2
+
+
 def test_fit_parameters_of_earlier_steps_reach_them_in_every_fold(iris):
     X, y = iris
 
