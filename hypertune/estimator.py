@@ -16,7 +16,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 import torch
@@ -50,6 +50,68 @@ _LR_SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _PREDICT_ROWS = 4096
+
+
+class Net(Protocol):
+    """What hyper-training asks of a model: of ours, and of others through an adapter.
+
+    Attributes
+    ----------
+    loss_names : mapping from str to str
+        Its parameters that are hyperparameters of the loss, and which (:data:`hypertune.objective.LOSS_HYPERPARAMETERS`).
+    batch_size, max_epochs : int
+    device : str
+    """
+
+    loss_names: ClassVar[Mapping[str, str]]
+
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def max_epochs(self) -> int: ...
+    @property
+    def device(self) -> str: ...
+
+    def get_params(self) -> dict[str, Any]:
+        """All parameters that a search may name, with their current values."""
+        ...
+
+    def set_params(self, **params: Any) -> Any:
+        """Set parameters in place."""
+        ...
+
+    def _why_not(self, name: str) -> str | None:
+        """Why this parameter of the loss cannot be tuned under the others, or None if it can."""
+
+    def _encode(self, X: Any, y: Any, sample_weight: Any = None, *, all_y: Any = None) -> Rows:
+        """Check training rows, learn what describes them and return them as tensors; classes are those of ``all_y``."""
+        ...
+
+    def _encode_more(self, X: Any, y: Any, sample_weight: Any = None) -> Rows:
+        """Further rows (a validation fold) under what ``_encode`` learned."""
+        ...
+
+    def _build_module(self) -> nn.Module:
+        """A fresh module on the device."""
+        ...
+
+    def _make_objective(
+        self, module: nn.Module, *, reach: Mapping[str, list[Reach]] | None = None, folds: int = 1
+    ) -> Objective:
+        """The losses, at the current setting."""
+        ...
+
+    def _make_optimizer(
+        self, params: list[nn.Parameter], steps: int
+    ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        """The optimizer and its schedule over a run of so many steps."""
+        ...
+
+    def _check_outputs(self, objective: Objective, x: Tensor) -> None:
+        """Refuse a module whose outputs do not fit."""
+
+    def _adopt(self, module: nn.Module) -> Any:
+        """A fitted estimator around a trained module."""
 
 
 class TorchEstimator(CallbackSupportMixin, BaseEstimator):
@@ -86,6 +148,7 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
     _losses: Mapping[str, Loss]
     _checks: Mapping[str, Any]
     _row_shape: tuple[int, ...]
+    loss_names: ClassVar[Mapping[str, str]] = {name: name for name in LOSS_HYPERPARAMETERS}
     _responses: Sequence[Any] = ()  # best responses to take the weights from, under evaluate="hypernetwork"
 
     @with_callbacks
@@ -111,8 +174,7 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
         rows = self._encode(X, y, sample_weight)
         for response in self._responses:
             if (known := response.module_for(self, rows)) is not None:
-                self._adopt(known)
-                return self
+                return self._adopt(known)
         seed = draw_seed(self.random_state)
         metadata = None if sample_weight is None else {"sample_weight": sample_weight}
         with isolated(seed, self.device), fit_task(self, self.max_epochs, X=X, y=y, metadata=metadata) as end_epoch:
@@ -219,8 +281,7 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
         """The estimator's optimizer and its schedule over a run of so many steps."""
         make = _OPTIMIZERS[self.optimizer] if isinstance(self.optimizer, str) else self.optimizer
         optimizer = make(params, lr=self.lr)
-        schedule = _LR_SCHEDULES[self.lr_schedule]
-        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(min(step / steps, 1.0)))
+        return optimizer, scheduled(optimizer, _LR_SCHEDULES[self.lr_schedule], steps)
 
     def _check_outputs(self, objective: Objective, x: Tensor) -> None:
         outputs = objective.predict(objective.initial_weights()[None], x[None])[0]
@@ -230,10 +291,19 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
                 f"({len(x)}, {self.n_outputs_}): one column per {'class' if isinstance(self, ClassifierMixin) else 'output'}."
             )
 
-    def _adopt(self, module: nn.Module) -> None:
+    def _adopt(self, module: nn.Module) -> Self:
         """Become a fitted estimator around a trained module."""
         self.module_ = module.eval().requires_grad_(False)
         self.n_iter_ = self.max_epochs
+        return self
+
+    def _why_not(self, name: str) -> str | None:
+        if name == "label_smoothing" and not isinstance(self.criterion, str):
+            return (
+                f"needs criterion='cross_entropy' or 'squared_error' on the estimator, got {self.criterion!r}: a "
+                "callable's targets cannot be smoothed"
+            )
+        return None
 
     def _loss_values(self) -> dict[str, float]:
         return {name: float(getattr(self, name)) for name in LOSS_HYPERPARAMETERS if hasattr(self, name)}
@@ -256,6 +326,13 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
 
     def _encode_targets(self, y: np.ndarray) -> Tensor:
         raise NotImplementedError
+
+
+def scheduled(
+    optimizer: torch.optim.Optimizer, schedule: Callable[[float], float], steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Multiply the learning rate by ``schedule(progress)``, progress from 0 to 1 over so many steps."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(min(step / steps, 1.0)))
 
 
 class TorchClassifier(ClassifierMixin, TorchEstimator):

@@ -95,7 +95,10 @@ def find_reach(build: Callable[[float], nn.Module], low: float, high: float) -> 
         If the keyword reaches nothing, changes the architecture, or a number depends on it in a way that is not affine.
     """
     probes = (low, (low + high) / 2, high)
-    modules = [build(value) for value in probes]
+    try:
+        modules = [build(value) for value in probes]
+    except TypeError as error:
+        raise ValueError(f"the factory does not take {low:g} for it ({error})") from error
     shapes = [[(k, tuple(p.shape)) for k, p in m.named_parameters()] for m in modules]
     if not shapes[0] == shapes[1] == shapes[2]:
         raise ValueError("it changes the architecture, not a rate, so there is no gradient to follow")

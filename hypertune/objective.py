@@ -128,6 +128,9 @@ class Objective:
     folds : int, default=1
         K: the M models of a pass are K folds times M/K weights each. Buffers (running statistics) are kept per fold.
 
+    penalise_biases : bool, default=False
+        Whether the penalties include parameters of fewer than two dimensions.
+
     Attributes
     ----------
     D : int
@@ -144,6 +147,7 @@ class Objective:
         fixed: Mapping[str, float] | None = None,
         reach: Mapping[str, list[Reach]] | None = None,
         folds: int = 1,
+        penalise_biases: bool = False,
     ):
         self.loss = loss
         self.fixed = dict(fixed or {})
@@ -158,7 +162,7 @@ class Objective:
         self._buffers = [{k: b.detach().clone() for k, b in module.named_buffers()} for _ in range(folds)]
         self.D = sum(self._sizes)
         self._penalised = torch.cat(
-            [torch.full((p.numel(),), float(p.dim() > 1), dtype=p.dtype, device=p.device) for p in parameters.values()]
+            [torch.full_like(p.reshape(-1), float(p.dim() > 1 or penalise_biases)) for p in parameters.values()]
             or [torch.zeros(0)]
         )
 

@@ -17,7 +17,7 @@ from sklearn.pipeline import Pipeline
 from torch import Tensor, nn
 
 from hypertune.batches import Batch, Rows
-from hypertune.estimator import TorchEstimator
+from hypertune.estimator import Net
 from hypertune.hypernetworks import Hypernetwork
 from hypertune.objective import Objective
 from hypertune.randomness import isolated
@@ -30,7 +30,7 @@ class Fold:
 
     Parameters
     ----------
-    net : TorchEstimator
+    net : Net
         Has seen the training rows (classes, widths, target scale) but is not trained.
     preprocess : fitted Pipeline or None
         The steps before the net, fitted on this fold's training rows, and an identity at the end.
@@ -40,7 +40,7 @@ class Fold:
         Fingerprint of the training rows, once they are let go of.
     """
 
-    net: TorchEstimator
+    net: Net
     preprocess: Pipeline | None
     train: Rows
     valid: Rows
@@ -108,7 +108,7 @@ class BestResponse:
         """
         setting = self._complete(params or {})
         net = copy.deepcopy(self.folds[fold].net).set_params(**self._own(setting))
-        net._adopt(self._module(net, self._lam([setting]), fold))
+        net = net._adopt(self._module(net, self._lam([setting]), fold))
         preprocess = self.folds[fold].preprocess
         if preprocess is None:
             return net
@@ -130,7 +130,7 @@ class BestResponse:
 
     # --- what the search needs ---------------------------------------------------------------------------------------
 
-    def module_for(self, net: TorchEstimator, rows: Rows) -> nn.Module | None:
+    def module_for(self, net: Net, rows: Rows) -> nn.Module | None:
         """The module at ``net``'s setting if ``rows`` are the training rows of a fold, else None."""
         keys, key = [fold.key for fold in self.folds], fingerprint(rows)
         if key not in keys:
@@ -140,7 +140,7 @@ class BestResponse:
         setting = {name: own[name.removeprefix(self.prefix)] for name in self.space.names}
         return self._module(net, self._lam([setting]), fold)
 
-    def _module(self, net: TorchEstimator, lam: Tensor, fold: int) -> nn.Module:
+    def _module(self, net: Net, lam: Tensor, fold: int) -> nn.Module:
         with isolated(0, net.device):
             module = net._build_module()
         return self.objective.load_into(module, self._weights(lam)[fold, 0], fold)

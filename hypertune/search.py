@@ -16,6 +16,7 @@ from numbers import Integral, Real
 from typing import Any, ClassVar, Self
 
 import numpy as np
+from sklearn import get_config
 from sklearn.base import clone, is_classifier
 from sklearn.model_selection import check_cv
 from sklearn.model_selection._search import BaseSearchCV
@@ -23,11 +24,12 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils import get_tags
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
+from sklearn.utils.metadata_routing import process_routing
 from sklearn.utils.metaestimators import _safe_split
 from sklearn.utils.validation import _check_method_params, indexable
 
 from hypertune.callbacks import epochs
-from hypertune.estimator import TorchEstimator
+from hypertune.estimator import Net, TorchEstimator
 from hypertune.hypernetworks import HYPERNETWORKS, Builder
 from hypertune.randomness import draw_seed
 from hypertune.response import Fold
@@ -45,13 +47,13 @@ class HyperTrainingSearchCV(BaseSearchCV):
 
     Parameters
     ----------
-    estimator : TorchClassifier, TorchRegressor, or a Pipeline that ends in one
+    estimator : TorchClassifier, TorchRegressor, skorch net, or a Pipeline that ends in one
         Earlier steps of a Pipeline are fitted inside each fold.
     param_distributions : dict from str to distribution
         Parameter names, as in ``RandomizedSearchCV``, with continuous distributions: frozen ones of ``scipy.stats``
         (``loguniform``, ``uniform``, ...) or ``optuna.distributions.FloatDistribution``. What can be tuned:
         ``weight_decay``, ``l1``, ``input_noise``, ``label_smoothing``, and every ``module__…`` keyword that reaches a
-        dropout rate.
+        dropout rate; of a skorch net ``optimizer__weight_decay``, ``criterion__label_smoothing`` and ``module__…``.
     algorithm : {"joint", "global", "simplified"}, default="joint"
         Algorithm 3, 2 or 4 of the paper: hypernetwork and hyperparameters together, hyperparameters sampled around
         the current ones; first the hypernetwork over the whole space, then the hyperparameters; together, without
@@ -271,7 +273,10 @@ class HyperTrainingSearchCV(BaseSearchCV):
         if self.evaluate == "hypernetwork":  # the folds' estimators look their weights up in what is put in here
             self._responses: list[Any] = []
             self.estimator = clone(self.estimator)
-            _net(self.estimator)._responses = self._responses
+            net = _net(self.estimator)
+            if not isinstance(net, TorchEstimator):
+                raise ValueError("evaluate='hypernetwork' needs a TorchClassifier or TorchRegressor; use 'retrain'.")
+            net._responses = self._responses
         self._inputs = indexable(X, y)
         try:
             super().fit(X, y, **params)
@@ -280,7 +285,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
             for name in ("_inputs", "_routed", "_responses", "_callback_ctx"):
                 self.__dict__.pop(name, None)
         if self.evaluate == "hypernetwork" and self.refit:
-            del _net(self.best_estimator_)._responses
+            del vars(_net(self.best_estimator_))["_responses"]
         return self
 
     def _get_routed_params_for_fit(self, params: Any) -> Any:
@@ -362,8 +367,14 @@ class HyperTrainingSearchCV(BaseSearchCV):
 
     def _current(self, space: Space) -> dict[str, float]:
         """The estimator's own setting, moved into the declared bounds."""
-        params = self.estimator.get_params()
+        params = self._settings()
         return space.decode(space.encode({name: params[name] for name in space.names}))
+
+    def _settings(self) -> dict[str, Any]:
+        """All parameters of the estimator with their current values, also those that were never set on it."""
+        prefix = _prefix(self.estimator)
+        own = {prefix + name: value for name, value in _net(self.estimator).get_params().items()}
+        return own | self.estimator.get_params()
 
     def _folds(self) -> list[Fold]:
         """The splits of ``cv``, each preprocessed and encoded as scikit-learn would give it to the estimator."""
@@ -375,29 +386,37 @@ class HyperTrainingSearchCV(BaseSearchCV):
     def _fold(self, X: Any, y: Any, train: np.ndarray, valid: np.ndarray) -> Fold:
         X_train, y_train = _safe_split(self.estimator, X, y, train)
         X_valid, y_valid = _safe_split(self.estimator, X, y, valid, train)
-        fit_params = self._fit_params_of(X, train)
+        own, earlier = self._fit_params_of(X, train)
         preprocess = None
         if isinstance(self.estimator, Pipeline) and len(self.estimator.steps) > 1:
             # The identity at its end counts as fitted, whatever the user's last transformer says of itself.
             preprocess = clone(Pipeline([*self.estimator.steps[:-1], ("identity", FunctionTransformer())]))
-            earlier = {name: value for name, value in fit_params.items() if "__" in name}
             X_train = preprocess.fit_transform(X_train, y_train, **earlier)
             X_valid = preprocess.transform(X_valid)
         net = clone(_net(self.estimator))
-        encoded = net._encode(X_train, y_train, fit_params.get("sample_weight"), all_y=y)
-        weight = self._fit_params_of(X, valid).get("sample_weight")
+        encoded = net._encode(X_train, y_train, own.get("sample_weight"), all_y=y)
+        weight = self._fit_params_of(X, valid)[0].get("sample_weight")
         return Fold(net, preprocess, encoded, net._encode_more(X_valid, y_valid, weight))
 
-    def _fit_params_of(self, X: Any, indices: np.ndarray) -> dict[str, Any]:
-        """The fit parameters for some rows: the net's own under their own names, earlier steps' as ``step__name``."""
+    def _fit_params_of(self, X: Any, indices: np.ndarray) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The fit parameters for some rows: the net's own, and those of the earlier steps as their pipeline takes them."""
         params = _check_method_params(X, self._routed.estimator.fit, indices=indices)
-        return {name.removeprefix(_prefix(self.estimator)): value for name, value in params.items()}
+        if not isinstance(self.estimator, Pipeline):
+            return params, {}
+        if not get_config()["enable_metadata_routing"]:  # step__name
+            prefix = _prefix(self.estimator)
+            own = {name.removeprefix(prefix): value for name, value in params.items() if name.startswith(prefix)}
+            return own, {name: value for name, value in params.items() if not name.startswith(prefix)}
+        routed = process_routing(self.estimator, "fit", **params)
+        *others, (last, _) = self.estimator.steps
+        wanted = {key for name, _ in others if name in routed for method in routed[name].values() for key in method}
+        return routed[last].fit, {key: value for key, value in params.items() if key in wanted}
 
     # --- refusals, before anything is computed ----------------------------------------------------------------------------
 
     def _check_space(self, space: Space) -> None:
         """Every name must be a parameter of the torch estimator itself."""
-        valid = self.estimator.get_params()
+        valid = self._settings()
         prefix = _prefix(self.estimator)
         for name in space.names:
             where = f"param_distributions[{name!r}]"
@@ -432,15 +451,19 @@ def _start(space: Space, current: Mapping[str, float]) -> dict[str, float]:
     return start
 
 
-def _net(estimator: Any) -> TorchEstimator:
-    """The torch estimator itself, or the last step of a Pipeline."""
+def _net(estimator: Any) -> Net:
+    """The torch estimator itself, or the last step of a Pipeline; a skorch net by its adapter."""
     last = estimator.steps[-1][1] if isinstance(estimator, Pipeline) else estimator
-    if not isinstance(last, TorchEstimator):
-        raise TypeError(
-            f"HyperTrainingSearchCV tunes a TorchClassifier or TorchRegressor, or a Pipeline that ends in one; got "
-            f"{type(last).__name__}. Other models have no weights that a gradient could follow: use RandomizedSearchCV."
-        )
-    return last
+    if isinstance(last, TorchEstimator):
+        return last
+    if any(cls.__module__.startswith("skorch.") for cls in type(last).__mro__):
+        from hypertune.skorch import SkorchNet  # an optional dependency, there if the user has such a net
+
+        return SkorchNet(last)
+    raise TypeError(
+        f"HyperTrainingSearchCV tunes a TorchClassifier, a TorchRegressor, a skorch net, or a Pipeline that ends in one; got "
+        f"{type(last).__name__}. Other models have no weights that a gradient could follow: use RandomizedSearchCV."
+    )
 
 
 def _prefix(estimator: Any) -> str:

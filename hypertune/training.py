@@ -31,7 +31,7 @@ from hypertune.algorithms import (
     simplified,
 )
 from hypertune.batches import Batch, Minibatches
-from hypertune.estimator import TorchEstimator
+from hypertune.estimator import Net
 from hypertune.hypernetworks import Builder, Hypernetwork
 from hypertune.objective import Objective
 from hypertune.randomness import isolated
@@ -156,9 +156,12 @@ def _problem(
         [fold.valid for fold in folds], max(folds[0].net.batch_size, _VALID_BATCH), seed=seed + 1
     )
 
+    own = {name: name.removeprefix(prefix) for name in space.names}
+    names = {name: folds[0].net.loss_names.get(short, short) for name, short in own.items()}
+
     def train_loss(w: Tensor, lam: Tensor, batch: Batch) -> Tensor:
         K, m, _ = w.shape
-        values = {name.removeprefix(prefix): v.repeat(K) for name, v in space.values(lam).items()}
+        values = {names[name]: v.repeat(K) for name, v in space.values(lam).items()}
         return objective.train_loss(w.flatten(0, 1), values, batch.repeat(m)).view(K, m)
 
     def valid_loss(w: Tensor, batch: Batch) -> Tensor:
@@ -167,9 +170,7 @@ def _problem(
     return Problem(train_loss, valid_loss, train_batches, valid_batches, space.low.to(like), space.high.to(like))
 
 
-def _phi_optimizer(
-    net: TorchEstimator, phi: Hypernetwork, kind: str, steps: int
-) -> tuple[ResponseOptimizer, list[LRScheduler]]:
+def _phi_optimizer(net: Net, phi: Hypernetwork, kind: str, steps: int) -> tuple[ResponseOptimizer, list[LRScheduler]]:
     """Line 4 by the estimator's own optimizer and learning rate, and the schedules to step with it."""
     if kind == "plain":
         optimizer, schedule = net._make_optimizer(list(phi.parameters()), steps)

@@ -9,14 +9,14 @@ import copy
 
 from torch import nn
 
-from hypertune.estimator import TorchEstimator
+from hypertune.estimator import Net
 from hypertune.modules import Reach, find_reach
 from hypertune.objective import LOSS_HYPERPARAMETERS
 from hypertune.randomness import isolated
 from hypertune.space import Space
 
 
-def check_names(net: TorchEstimator, space: Space, prefix: str) -> None:
+def check_names(net: Net, space: Space, prefix: str) -> None:
     """Refuse hyperparameters that do not shape the training loss, by name, before anything is computed.
 
     Raises
@@ -28,26 +28,23 @@ def check_names(net: TorchEstimator, space: Space, prefix: str) -> None:
         where, own = f"param_distributions[{h.name!r}]", h.name.removeprefix(prefix)
         if own.startswith("module__"):
             continue
-        if own not in LOSS_HYPERPARAMETERS:
+        if own not in net.loss_names:
             raise ValueError(
                 f"{where}: {own!r} does not change the loss that training minimises, so there is no gradient to follow "
                 "(Lorraine & Duvenaud 2018, section 2.2). Set it on the estimator, or give it to an outer search "
-                f"(OptunaSearchCV, GridSearchCV). By gradient: {sorted(LOSS_HYPERPARAMETERS)} and the dropout rates "
+                f"(OptunaSearchCV, GridSearchCV). By gradient: {sorted(net.loss_names)} and the dropout rates "
                 "among module__…."
             )
-        if own == "label_smoothing" and not isinstance(net.criterion, str):
-            raise ValueError(
-                f"{where}: needs criterion='cross_entropy' or 'squared_error' on the estimator, got {net.criterion!r}: a "
-                "callable's targets cannot be smoothed."
-            )
-        low, high = LOSS_HYPERPARAMETERS[own]
+        if reason := net._why_not(own):
+            raise ValueError(f"{where}: {reason}.")
+        low, high = LOSS_HYPERPARAMETERS[net.loss_names[own]]
         if not (low <= h.support[0] and h.support[1] <= high):
             raise ValueError(
                 f"{where}: the range [{h.support[0]:g}, {h.support[1]:g}] must lie in [{low:g}, {high:g}]."
             )
 
 
-def find_reaches(net: TorchEstimator, space: Space, prefix: str) -> dict[str, list[Reach]]:
+def find_reaches(net: Net, space: Space, prefix: str) -> dict[str, list[Reach]]:
     """For every tuned factory keyword, the numbers in the module that it sets.
 
     Raises

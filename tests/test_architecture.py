@@ -18,6 +18,7 @@ ROOMS = {  # room -> the rooms it may import from
     "objective": {"batches", "modules"},
     "algorithms": {"hypernetworks"},
     "estimator": {"batches", "callbacks", "factory", "modules", "objective", "randomness"},
+    "skorch": {"batches", "estimator", "modules", "objective", "randomness"},
     "response": {"algorithms", "batches", "estimator", "hypernetworks", "objective", "randomness", "space"},
     "tunable": {"estimator", "modules", "objective", "randomness", "space"},
     "training": {
@@ -33,7 +34,17 @@ ROOMS = {  # room -> the rooms it may import from
             "tunable",
         ),
     },
-    "search": {"callbacks", "estimator", "hypernetworks", "randomness", "response", "space", "training", "tunable"},
+    "search": {
+        "callbacks",
+        "skorch",
+        "estimator",
+        "hypernetworks",
+        "randomness",
+        "response",
+        "space",
+        "training",
+        "tunable",
+    },
 }
 PACKAGE = Path(hypertune.__file__).parent
 

@@ -14,6 +14,9 @@ import torch
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy import sparse
 from scipy.stats import loguniform
+from sklearn.compose import ColumnTransformer
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from torch import nn
 
 from hypertune import MLP, HyperTrainingSearchCV, TorchClassifier, TorchRegressor
@@ -113,3 +116,23 @@ def test_sparse_X_is_refused_before_training(iris):
     X, y = iris
     with pytest.raises(TypeError, match=r"[Ss]parse data was passed.*dense data is required"):
         tune(NET, sparse.csr_matrix(X), y)
+
+
+@pytest.mark.parametrize("frame", [pd.DataFrame, pl.DataFrame])
+def test_frames_with_columns_of_several_kinds_through_a_column_transformer(frame):
+    rng = np.random.default_rng(0)
+    number, colour = rng.normal(size=(2, 120)), rng.choice(["red", "green", "blue"], size=120)
+    X = frame({"a": number[0], "colour": colour, "b": number[1]})
+    y = np.where(number[0] + (colour == "red") > 0.5, "yes", "no")
+    columns = ColumnTransformer([("numbers", StandardScaler(), ["a", "b"]), ("colour", OneHotEncoder(), ["colour"])])
+    model = make_pipeline(columns, NET.__sklearn_clone__().set_params(max_epochs=30, lr=1e-2))
+    space = {"torchclassifier__weight_decay": loguniform(1e-6, 1e0)}
+    kept = X.copy() if frame is pd.DataFrame else X.clone()
+    found = HyperTrainingSearchCV(model, space, cv=3, random_state=0, error_score="raise").fit(X, y)
+    assert found.score(X, y) > 0.9
+    assert_array_equal(found.feature_names_in_, ["a", "colour", "b"])
+    assert found.predict(X[:3]).tolist() == found.best_estimator_.predict(X[:3]).tolist()
+    assert X.equals(kept)
+    if frame is pd.DataFrame:
+        with pytest.raises(ValueError, match="columns are missing"):
+            found.predict(X.drop(columns="colour"))

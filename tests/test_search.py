@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from joblib import parallel_config
 from numpy.testing import assert_allclose, assert_array_equal
 from numpydoc.docscrape import ClassDoc
 from optuna.distributions import FloatDistribution
@@ -294,6 +295,26 @@ def test_fit_parameters_of_earlier_steps_reach_them_in_every_fold(iris):
     assert all(Marked.seen)
     fold = found.best_response_.folds[0].valid
     assert_allclose(fold.weight.numpy(), 1.0 + (fold.y.numpy() == 0))
+
+
+def test_routed_weights_go_to_the_steps_that_ask_for_them_and_to_no_other(iris):
+    X, y = iris
+    weight = 1.0 + (y == 0)
+    with config_context(enable_metadata_routing=True):
+        scale = StandardScaler().set_fit_request(sample_weight=True)
+        net = clone(NET).set_params(max_epochs=2).set_fit_request(sample_weight=False)
+        space = {"net__weight_decay": loguniform(1e-4, 1)}
+        for step_weight, net_weight in ((True, False), (False, True), (True, True)):
+            scale.set_fit_request(sample_weight=step_weight)
+            net.set_fit_request(sample_weight=net_weight)
+            scorer = get_scorer("accuracy").set_score_request(sample_weight=False)
+            pipeline = Pipeline([("scale", scale), ("net", net)])
+            found = search(estimator=pipeline, param_distributions=space, scoring=scorer)
+            fold = found.fit(X, y, sample_weight=weight).best_response_.folds[0]
+            train, _ = next(StratifiedKFold(3).split(X, y))
+            mean = np.average(X[train], axis=0, weights=weight[train] if step_weight else None)
+            assert_allclose(fold.preprocess[0].mean_, mean)
+            assert (fold.valid.weight is not None) == net_weight
 
 
 def test_it_shows_itself_in_notebooks(fitted):
@@ -611,6 +632,24 @@ def test_a_seed_is_kept_by_threads(iris):
         delayed(search(random_state=s, max_epochs=4).fit)(X, y) for s in (0, 1)
     )
     assert [t.best_response_.params for t in threads] == alone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["loky", "threading"])
+@pytest.mark.parametrize("n_jobs", [1, 2, -1])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_workers_backends_and_threads_change_nothing(fitted, iris, n_jobs, backend, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with parallel_config(backend=backend):
+            again = search(n_jobs=n_jobs, pre_dispatch="all").fit(*iris)
+    finally:
+        torch.set_num_threads(before)
+    for name, value in fitted.best_params_.items():
+        assert_allclose(again.best_params_[name], value, rtol=1e-4)
+    assert_allclose(again.cv_results_["mean_test_score"], fitted.cv_results_["mean_test_score"], rtol=1e-4)
+    assert_allclose(again.predict_proba(iris[0]), fitted.predict_proba(iris[0]), rtol=1e-3, atol=1e-6)
 
 
 def test_n_jobs_changes_nothing(fitted, iris):

@@ -1,0 +1,169 @@
+"""skorch nets as estimators of the search."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose, assert_array_equal
+from scipy.stats import loguniform, uniform
+from sklearn.datasets import load_breast_cancer, load_diabetes, load_iris
+from sklearn.model_selection import cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from skorch import NeuralNetBinaryClassifier, NeuralNetClassifier, NeuralNetRegressor
+from skorch.callbacks import LRScheduler
+from torch import nn
+
+from hypertune import HyperTrainingSearchCV
+from hypertune.batches import Batch
+from hypertune.skorch import SkorchNet
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:skorch", "ignore:.*weights_only.*:FutureWarning")
+
+
+class Net(nn.Module):
+    def __init__(self, width: int = 16, dropout: float = 0.1, inputs: int = 4, outputs: int = 3):
+        super().__init__()
+        self.hidden, self.drop, self.out = nn.Linear(inputs, width), nn.Dropout(dropout), nn.Linear(width, outputs)
+
+    def forward(self, X: torch.Tensor) -> torch.Tensor:
+        return self.out(self.drop(torch.relu(self.hidden(X))))
+
+
+SPACE = {
+    "optimizer__weight_decay": loguniform(1e-5, 1e-1),
+    "module__dropout": uniform(0, 0.6),
+    "criterion__label_smoothing": uniform(0, 0.3),
+}
+
+
+def classifier(**params) -> NeuralNetClassifier:
+    defaults = {
+        "criterion": nn.CrossEntropyLoss,
+        "optimizer": torch.optim.Adam,
+        "lr": 0.02,
+        "max_epochs": 20,
+        "batch_size": 32,
+        "iterator_train__shuffle": True,
+        "train_split": None,
+        "verbose": 0,
+    }
+    return NeuralNetClassifier(Net, **{**defaults, **params})
+
+
+def search(net, space=SPACE, **params) -> HyperTrainingSearchCV:
+    return HyperTrainingSearchCV(net, space, cv=3, random_state=0, error_score="raise", **params)
+
+
+@pytest.fixture(scope="module")
+def iris32() -> tuple[np.ndarray, np.ndarray]:
+    X, y = load_iris(return_X_y=True)
+    return StandardScaler().fit_transform(X).astype(np.float32), y
+
+
+def test_penalty_dropout_and_smoothing_are_tuned_and_the_result_is_a_fitted_skorch_net(iris32):
+    X, y = iris32
+    torch.manual_seed(0)
+    found = search(classifier(criterion__label_smoothing=0.1), scoring="neg_log_loss").fit(X, y)
+    assert isinstance(found.best_estimator_, NeuralNetClassifier)
+    assert found.best_estimator_.score(X, y) > 0.9
+    assert found.best_params_.keys() == SPACE.keys()
+    start, end = ({name: found.history_[name][i] for name in SPACE} for i in (0, -1))
+    assert all(start[name] != end[name] for name in SPACE)
+    assert (
+        found.best_estimator_.get_params()["optimizer__weight_decay"] == found.best_params_["optimizer__weight_decay"]
+    )
+    assert_array_equal(pickle.loads(pickle.dumps(found)).predict(X), found.predict(X))
+    at = found.best_response_.estimator_at({"module__dropout": 0.3})
+    assert isinstance(at, NeuralNetClassifier)
+    assert at.score(X, y) > 0.9
+
+
+def test_in_a_pipeline_and_in_cross_validation(iris32):
+    X, y = iris32
+    torch.manual_seed(0)
+    model = make_pipeline(StandardScaler(), classifier())
+    space = {f"neuralnetclassifier__{name}": prior for name, prior in SPACE.items()}
+    assert cross_val_score(search(model, space), X, y, cv=2).mean() > 0.85
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_the_tuned_loss_is_the_loss_that_skorch_trains(iris32, optimizer):
+    """One full-batch step of skorch moves the weights along the gradient of our training loss, biases included."""
+    X, y = iris32
+    setting = {"optimizer__weight_decay": 0.3, "criterion__label_smoothing": 0.2, "module__dropout": 0.0}
+    net = classifier(optimizer=optimizer, lr=1e-3, max_epochs=1, batch_size=-1, **setting).initialize()
+    adapter = SkorchNet(net)
+    objective = adapter._make_objective(net.module_)
+    w = objective.initial_weights()[None].requires_grad_()
+    rows = adapter._encode(X, y)
+    loss = objective.train_loss(w, {}, Batch(rows.x[None], rows.y[None]))
+    (gradient,) = torch.autograd.grad(loss.sum(), w)
+    w, loss = w.detach(), loss.detach()
+    before = w[0].clone()
+    net.partial_fit(X, y)
+    after = torch.cat([p.detach().reshape(-1) for p in net.module_.parameters()])
+    expected = -1e-3 * (gradient[0] if optimizer is torch.optim.SGD else gradient[0].sign())
+    assert_allclose((after - before).numpy(), expected.numpy(), rtol=1e-2, atol=2e-5)
+    assert_allclose(net.history[-1, "train_loss"], float(loss) - 0.15 * float(w.square().sum()), rtol=1e-4)
+
+
+def test_regression_binary_and_log_probabilities():
+    X, y = load_diabetes(return_X_y=True)
+    X, y = StandardScaler().fit_transform(X).astype(np.float32), ((y - y.mean()) / y.std()).astype(np.float32)
+    space = {k: SPACE[k] for k in ("optimizer__weight_decay", "module__dropout")}
+    torch.manual_seed(0)
+    common = {"max_epochs": 10, "train_split": None, "verbose": 0, "lr": 0.05}
+    net = NeuralNetRegressor(Net, module__inputs=10, module__outputs=1, **common)
+    assert search(net, space).fit(X, y[:, None]).score(X, y[:, None]) > 0.2
+
+    X, y = load_breast_cancer(return_X_y=True)
+    X = StandardScaler().fit_transform(X).astype(np.float32)
+    binary = NeuralNetBinaryClassifier(Net, module__inputs=30, module__outputs=1, **common)
+    assert search(binary, space).fit(X, y.astype(np.float32)).score(X, y) > 0.9
+
+    class Probabilities(Net):
+        def forward(self, X):
+            return super().forward(X).softmax(dim=-1)
+
+    default_loss = NeuralNetClassifier(Probabilities, module__inputs=30, module__outputs=2, **common)  # NLLLoss
+    assert search(default_loss, space).fit(X, y).score(X, y) > 0.9
+
+
+def test_the_learning_rate_follows_the_nets_scheduler():
+    net = classifier(max_epochs=15, callbacks=[("lr", LRScheduler("StepLR", step_size=5, gamma=0.1))])
+    optimizer, schedule = SkorchNet(net)._make_optimizer([nn.Parameter(torch.zeros(3))], steps=30)
+    rates = []
+    for _ in range(30):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert_allclose(rates, np.repeat([0.02, 0.002, 0.0002], 10))
+
+
+@pytest.mark.parametrize(
+    ("net", "space", "message"),
+    [
+        (classifier(optimizer=torch.optim.AdamW), SPACE, "AdamW shrinks the weights beside the loss"),
+        (classifier(criterion__weight=torch.ones(3)), SPACE, "needs criterion=torch.nn.CrossEntropyLoss"),
+        (classifier(), {"lr": loguniform(1e-4, 1)}, "does not change the loss"),
+        (classifier(), {"module__dropuot": uniform(0, 0.5)}, "did you mean 'module__dropout'"),
+        (classifier(), {"module__width": uniform(4, 10)}, "the factory does not take"),
+    ],
+)
+def test_what_cannot_be_tuned_is_refused_before_training(iris32, net, space, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        search(net, space).fit(*iris32)
+
+
+def test_data_that_skorch_would_not_take_is_refused_early(iris32):
+    X, y = iris32
+    with pytest.raises(ValueError, match="skorch does not cast"):
+        search(classifier()).fit(X.astype(np.float64), y)
+    with pytest.raises(ValueError, match="does not encode"):
+        search(classifier()).fit(X, np.array(["a", "b", "c"])[y])
+    with pytest.raises(ValueError, match="needs a TorchClassifier"):
+        search(classifier(), evaluate="hypernetwork").fit(X, y)
