@@ -20,6 +20,7 @@ from hypertune.estimator import TorchClassifier, TorchRegressor
 from hypertune.factory import MLP, model_factory
 from hypertune.response import BestResponse
 from hypertune.search import HyperTrainingSearchCV
+from hypertune.space import per_feature, per_layer, per_unit, per_weight
 
 __version__ = "0.1.0"
 
@@ -30,4 +31,8 @@ __all__ = [
     "TorchClassifier",
     "TorchRegressor",
     "model_factory",
+    "per_feature",
+    "per_layer",
+    "per_unit",
+    "per_weight",
 ]

@@ -257,7 +257,8 @@ class PlainOptimizer:
         """See :class:`ResponseOptimizer`. The loss is the mean over the m samples."""
         m = features.shape[1]
         self.hypernetwork.w0.grad = G.mean(dim=1)
-        self.hypernetwork.V.grad = self.hypernetwork.V_gradient(features.detach(), G) / m
+        for linear in self.hypernetwork.maps:
+            linear.V.grad = linear.gradient(features.detach(), G) / m
         _backward_basis(self.hypernetwork, features, G / m)
         self.optimizer.step()
 
@@ -269,6 +270,7 @@ class TangentOptimizer:
 
         V ← V − α Σ_m (f − f̄) ⊗ P G / (Σ_m ‖f − f̄‖² + 2 · average of Σ_m (f − f̄)²),     f̄ the mean over the m samples
 
+    with the features of its own map of the hypernetwork, of which there may be several.
     For the linear hypernetwork and a pair λ̂ ± σε this is α/(|ε|² + 2) · P (g₊ − g₋)/2σ ⊗ ε: on average, and to first order in
     σ, a multiple of P (H V + ∂²L/∂w∂λ), whose root is dw*/dλ. It is stable whenever w₀'s training is and does not depend on
     the scale of f. Subtracting f̄ cancels the noise that the m samples share.
@@ -291,7 +293,7 @@ class TangentOptimizer:
         self.hypernetwork = hypernetwork
         self.weight_optimizer = weight_optimizer
         self.basis_optimizer = basis_optimizer
-        self._power: Tensor | None = None
+        self._powers: dict[int, Tensor] = {}
 
     def step(self, features: Tensor, G: Tensor) -> None:
         """See :class:`ResponseOptimizer`."""
@@ -300,13 +302,12 @@ class TangentOptimizer:
         self.weight_optimizer.step()
         with torch.no_grad():
             centred = features - features.mean(dim=1, keepdim=True) if features.shape[1] > 1 else features
-            total = centred.square().sum(dim=(1, 2), keepdim=True)
-            each = total / features.shape[2]
-            if hypernetwork.units is not None:  # one feature per weight: the mean over units stands for ‖f‖²
-                total = each
-            self._power = each if self._power is None else self._power + 0.01 * (each - self._power)
             step = self._preconditioned(G) * self.weight_optimizer.param_groups[0]["lr"]
-            hypernetwork.move_V(centred, step, total + 2 * self._power + 1e-30)
+            for number, linear in enumerate(hypernetwork.maps):
+                total, each = linear.power(centred)
+                average = self._powers.get(number, each)
+                self._powers[number] = average + 0.01 * (each - average)
+                linear.move(centred, step, total + 2 * self._powers[number] + 1e-30)
         if self.basis_optimizer is not None:
             _backward_basis(hypernetwork, features, G / features.shape[1])
             self.basis_optimizer.step()

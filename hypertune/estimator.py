@@ -130,11 +130,9 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
     verbose: int
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         "module": [None, callable],
-        **{
-            name: [Interval(Real, *bounds, closed="both")]
-            for name, bounds in LOSS_HYPERPARAMETERS.items()
-            if name != "label_smoothing"
-        },
+        "weight_decay": [Interval(Real, 0, None, closed="left"), Mapping],
+        "l1": [Interval(Real, 0, None, closed="left"), Mapping],
+        "input_noise": [Interval(Real, 0, None, closed="left"), "array-like"],
         "optimizer": [StrOptions(set(_OPTIMIZERS)), callable],
         "lr": [Interval(Real, 0, None, closed="neither")],
         "lr_schedule": [StrOptions(set(_LR_SCHEDULES))],
@@ -236,6 +234,7 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
         self._validate_params()
         X, y = validate_data(self, X, y, **self._checks)
         self._row_shape = X.shape[1:]
+        self._check_arrays()
         weight = None
         if sample_weight is not None:
             sample_weight = _check_sample_weight(sample_weight, X, ensure_non_negative=True)
@@ -252,6 +251,21 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
         X, y = validate_data(self, X, y, **self._checks, reset=False)
         weight = None if sample_weight is None else self._tensor(_check_sample_weight(sample_weight, X))
         return Rows(self._tensor(X), self._encode_targets(y), weight)
+
+    def _check_arrays(self) -> None:
+        """Refuse negative strengths, and noise that is not one number for each feature."""
+        for name in ("weight_decay", "l1"):
+            value = getattr(self, name)
+            for key, strength in value.items() if isinstance(value, Mapping) else ():
+                if not np.all(np.asarray(strength, dtype=float) >= 0):
+                    raise ValueError(f"{name}[{key!r}] must be zero or positive, got {strength!r}.")
+        if np.ndim(self.input_noise):
+            noise = np.asarray(self.input_noise, dtype=float)
+            if noise.shape != self._row_shape or not (noise >= 0).all():
+                raise ValueError(
+                    f"input_noise must be a number or one number for each feature, shape {self._row_shape}, zero or positive; "
+                    f"got {self.input_noise!r}."
+                )
 
     def _build_module(self) -> nn.Module:
         """A fresh module from the factory, on the device; raises TypeError if the factory makes no module."""
@@ -305,8 +319,8 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
             )
         return None
 
-    def _loss_values(self) -> dict[str, float]:
-        return {name: float(getattr(self, name)) for name in LOSS_HYPERPARAMETERS if hasattr(self, name)}
+    def _loss_values(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in LOSS_HYPERPARAMETERS if hasattr(self, name)}
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         """A private copy as a tensor of the estimator's dtype on its device."""
@@ -346,11 +360,12 @@ class TorchClassifier(ClassifierMixin, TorchEstimator):
     criterion : {"cross_entropy", "squared_error"} or callable, default="cross_entropy"
         Loss, mean over rows. "squared_error" is against one-hot targets, mean over classes. A callable or a loss class
         such as ``torch.nn.CrossEntropyLoss`` gets logits (B, C) and class numbers (B,).
-    weight_decay : float, default=0.0
-        Adds ½ · weight_decay · ‖w‖² to the training loss, over weights of two or more dimensions.
-    l1 : float, default=0.0
+    weight_decay : float or dict, default=0.0
+        Adds ½ · weight_decay · ‖w‖² to the training loss, over weights of two or more dimensions. A dict goes from names of
+        the module's parameters to numbers, or to arrays that broadcast to the parameter; those left out are free.
+    l1 : float or dict, default=0.0
         Adds l1 · ‖w‖₁, over the same weights.
-    input_noise : float, default=0.0
+    input_noise : float or array-like of shape (n_features,), default=0.0
         Standard deviation of Gaussian noise added to the inputs in training.
     label_smoothing : float, default=0.0
         Probability mass of the target that is spread evenly over the classes, in [0, 1].
@@ -486,7 +501,7 @@ class TorchRegressor(RegressorMixin, TorchEstimator):
     criterion : {"squared_error", "absolute_error"} or callable, default="squared_error"
         Loss, mean over outputs and rows. A callable or a loss class such as ``torch.nn.HuberLoss`` gets outputs and
         targets, both (B, n_outputs).
-    weight_decay, l1, input_noise : float, default=0.0
+    weight_decay, l1, input_noise : default=0.0
         As in :class:`TorchClassifier`.
     optimizer : {"adam", "sgd"} or callable, default="adam"
         "sgd" has momentum 0.9. A callable gets (params, lr=...) and returns a torch optimizer.

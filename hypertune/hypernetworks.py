@@ -1,8 +1,9 @@
 """Hypernetworks: the best response w*(λ), learned as a function w_φ(λ).
 
-Every one of them is a *basis* f, a small map from the displacement λ − c to r features, times a matrix V:
+Every one of them is a *basis* f, a small map from the displacement λ − c to r features, and linear maps of the features:
 
-    w_φ(λ) = w₀ + f(λ − c) V,          w₀ (D,),  V (r, D),  c the centre (n,)
+    w_φ(λ) = w₀ + f(λ − c) V,          w₀ (D,),  V (r, D),  c the centre (n,)         all features → all weights
+    w_φ(λ) = w₀ + f(λ − c)[i] ∘ V,     V (D,),   i (D,) the feature of each weight    one feature → its own weights
 
 with V zero at the start, so that training begins from the plain initial network w₀. K folds are K hypernetworks,
 stacked along a leading axis; they share the centre. What is passed to a search is a small description that builds one:
@@ -11,6 +12,7 @@ stacked along a leading axis; they share the centre. What is passed to a search 
 description         basis                               r                    parameters for one fold
 ==================  ==================================  ===================  ========================================
 ``Linear()``        f(δ) = δ                            n                    D (n + 1)
+  of a finer grain  a penalty acts on its own weights   n                    D more for each such hyperparameter
 ``LowRank(rank)``   f(δ) = A δ + b                      rank                 n·rank + rank + D (rank + 1)
 ``ReluMLP(hidden)`` f(δ) = relu(A δ + b)                hidden               n·hidden + hidden + D (hidden + 1)
 ``Gated(hidden)``   g(δ) = A₂ tanh(A₁ δ + b₁) + b₂,     1 gate per unit      2 D + the gates' small network
@@ -18,7 +20,7 @@ description         basis                               r                    par
 ==================  ==================================  ===================  ========================================
 
 >>> import torch
->>> hypernetwork = LowRank(rank=2).build(torch.zeros(1, 5), torch.zeros(3), units=torch.arange(5))
+>>> hypernetwork = LowRank(rank=2).build(torch.zeros(1, 5), torch.zeros(3), Layout(units=torch.arange(5)))
 >>> tuple(hypernetwork(torch.zeros(4, 3)).shape)                     # (K, m, D) for m values of λ
 (1, 4, 5)
 
@@ -31,8 +33,9 @@ MacKay et al. (2019), *Self-Tuning Networks* (the gates).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -71,34 +74,114 @@ class _Sequence(nn.Sequential):
         return next(int(layer.r) for layer in reversed(self) if hasattr(layer, "r"))  # type: ignore[arg-type]
 
 
+# --- linear maps: features (K, m, r) -> a displacement of the weights (K, m, D) -------------------------------------------
+
+
+class Dense(nn.Module):
+    """All of some features move all weights: f V with V (K, r, D).
+
+    Parameters
+    ----------
+    like : Tensor of shape (K, D)
+    columns : Tensor of shape (r,)
+        Which of the features.
+    """
+
+    def __init__(self, like: Tensor, columns: Tensor):
+        super().__init__()
+        self.columns = columns.to(like.device)
+        self.V = nn.Parameter(like.new_zeros(len(like), len(columns), like.shape[1]))
+
+    def _own(self, features: Tensor) -> Tensor:
+        return features if len(self.columns) == features.shape[-1] else features[..., self.columns]
+
+    def add_to(self, w: Tensor, features: Tensor) -> Tensor:
+        """w (K, m, D) plus the displacement."""
+        return torch.baddbmm(w, self._own(features), self.V)
+
+    def gradient(self, features: Tensor, G: Tensor) -> Tensor:
+        """∂/∂V of Σ_m ⟨G, w⟩ for G (K, m, D)."""
+        return self._own(features).transpose(1, 2) @ G
+
+    def power(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Σ_m of ‖f‖² and of its average over features, as a weight sees it; each (K, 1, 1)."""
+        total = self._own(features).square().sum(dim=(1, 2), keepdim=True)
+        return total, total / len(self.columns)
+
+    def move(self, features: Tensor, G: Tensor, power: Tensor) -> None:
+        """V ← V − Σ_m f ⊗ G / power, in place."""
+        self.V.data.baddbmm_(self._own(features).transpose(1, 2) / power, G, alpha=-1.0)
+
+    def pull_back_to(self, gradient: Tensor, G: Tensor) -> None:
+        """Add ∂/∂features of Σ_m ⟨G, w⟩ to ``gradient`` (K, m, r), in place."""
+        gradient[..., self.columns] += G @ self.V.data.transpose(1, 2)
+
+
+class Local(nn.Module):
+    """Each weight is moved by one feature, its own: f[index] ∘ V with V (K, 1, D).
+
+    Parameters
+    ----------
+    like : Tensor of shape (K, D)
+    index : Tensor of shape (D,)
+        The feature of each weight; −1 where there is none.
+    """
+
+    def __init__(self, like: Tensor, index: Tensor):
+        super().__init__()
+        index = index.to(like.device)
+        self.index, self.present = index.clamp(min=0), (index >= 0).to(like.dtype)
+        self.features = index[index >= 0].unique()
+        self.V = nn.Parameter(like.new_zeros(len(like), 1, like.shape[1]))
+
+    def add_to(self, w: Tensor, features: Tensor) -> Tensor:
+        """w (K, m, D) plus the displacement."""
+        return torch.addcmul(w, features[..., self.index], self.V)
+
+    def gradient(self, features: Tensor, G: Tensor) -> Tensor:
+        """∂/∂V of Σ_m ⟨G, w⟩ for G (K, m, D)."""
+        return (features[..., self.index] * G).sum(dim=1, keepdim=True) * self.present
+
+    def power(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Σ_m of f², the average over features standing for each weight's own; twice, each (K, 1, 1)."""
+        total = features[..., self.features].square().sum(dim=1).mean(dim=1).view(-1, 1, 1)
+        return total, total
+
+    def move(self, features: Tensor, G: Tensor, power: Tensor) -> None:
+        """V ← V − Σ_m f ∘ G / power, in place."""
+        self.V.data.sub_(self.gradient(features, G) / power)
+
+    def pull_back_to(self, gradient: Tensor, G: Tensor) -> None:
+        """Add ∂/∂features of Σ_m ⟨G, w⟩ to ``gradient`` (K, m, r), in place."""
+        gradient.index_add_(2, self.index, G * self.V.data)
+
+
 # --- the hypernetwork --------------------------------------------------------------------------------------------------------
 
 
 class Hypernetwork(nn.Module):
-    """w_φ(λ) = w₀ + f(λ − c) V for K folds at once, with the gradient of its two factors written out.
+    """w_φ(λ) = w₀ + the displacements of some linear maps of f(λ − c), for K folds at once.
 
     Parameters
     ----------
     basis : nn.Module
         Displacement (m, n) → features (K, m, r), with the attribute ``r``.
+    maps : list of Dense and Local
     w0 : Tensor of shape (K, D)
         Weights at the centre; copied.
     center : Tensor of shape (n,)
         Kept by reference: if the caller moves λ̂ in place, the centre moves with it.
-    units : Tensor of shape (D,), optional
-        If given, the hypernetwork is gated: weight d has the single feature number ``units[d]``, and V is (K, 1, D).
     """
 
     center: Tensor
+    maps: Any  # an nn.ModuleList of Dense and Local
 
-    def __init__(self, basis: nn.Module, w0: Tensor, center: Tensor, units: Tensor | None = None):
+    def __init__(self, basis: nn.Module, maps: Sequence[Dense | Local], w0: Tensor, center: Tensor):
         super().__init__()
-        K, D = w0.shape
         self.basis = basis
         self.w0 = nn.Parameter(w0.detach().clone())
-        self.V = nn.Parameter(w0.new_zeros(K, int(basis.r) if units is None else 1, D))  # type: ignore[arg-type]
+        self.maps = nn.ModuleList(maps)
         self.center = center
-        self.units = units
 
     def features(self, lam: Tensor) -> Tensor:
         """λ of shape (m, n) → features (K, m, r)."""
@@ -106,44 +189,46 @@ class Hypernetwork(nn.Module):
 
     def weights(self, features: Tensor) -> Tensor:
         """Features (K, m, r) → weights (K, m, D)."""
-        if self.units is not None:
-            return torch.addcmul(self.w0[:, None], features[..., self.units], self.V)
-        return torch.baddbmm(self.w0[:, None].expand(-1, features.shape[1], -1), features, self.V)
+        w = self.w0[:, None].expand(-1, features.shape[1], -1)
+        for linear in self.maps:
+            w = linear.add_to(w, features)
+        return w
 
     def forward(self, lam: Tensor) -> Tensor:
         """λ of shape (m, n) → weights (K, m, D)."""
         return self.weights(self.features(lam))
 
-    def V_gradient(self, features: Tensor, G: Tensor) -> Tensor:
-        """∂/∂V of Σ_m ⟨G, w⟩: features (K, m, r) and G (K, m, D) → the shape of V."""
-        if self.units is not None:
-            return (features[..., self.units] * G).sum(dim=1, keepdim=True)
-        return features.transpose(1, 2) @ G
-
-    def move_V(self, features: Tensor, G: Tensor, power: Tensor) -> None:
-        """V ← V − Σ_m f ⊗ G / power, in place; ``power`` is the (K, 1, 1) scale of Σ_m ‖f‖² (of f² if gated)."""
-        with torch.no_grad():
-            if self.units is None:
-                self.V.baddbmm_(features.transpose(1, 2) / power, G, alpha=-1.0)
-            else:
-                self.V.sub_(self.V_gradient(features, G) / power)
-
     def pull_back(self, features: Tensor, G: Tensor) -> Tensor:
         """∂/∂features of Σ_m ⟨G, w⟩, shape (K, m, r)."""
-        with torch.no_grad():
-            if self.units is None:
-                return G @ self.V.transpose(1, 2)
-            zeros = torch.zeros_like(features)
-            return zeros.index_add_(2, self.units, G * self.V)
+        gradient = torch.zeros_like(features)
+        for linear in self.maps:
+            linear.pull_back_to(gradient, G)
+        return gradient
 
 
 # --- descriptions --------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What belongs together among the weights.
+
+    Parameters
+    ----------
+    units : Tensor of shape (D,)
+        For each weight the number of the output unit that it belongs to.
+    local : sequence of Tensor of shape (D,)
+        For each hyperparameter of a fine grain: which coordinate of λ acts on each weight, −1 for none.
+    """
+
+    units: Tensor
+    local: Sequence[Tensor] = ()
+
+
 class Builder(Protocol):
     """What ``hypernetwork=`` may be: anything with this method."""
 
-    def build(self, w0: Tensor, center: Tensor, units: Tensor) -> Hypernetwork:
+    def build(self, w0: Tensor, center: Tensor, layout: Layout) -> Hypernetwork:
         """Build the hypernetworks of K folds.
 
         Parameters
@@ -152,19 +237,28 @@ class Builder(Protocol):
             Initial weights.
         center : Tensor of shape (n,)
             Where the displacement is zero; kept by reference.
-        units : Tensor of shape (D,)
-            For each weight the number of the output unit that it belongs to.
+        layout : Layout
         """
         ...
 
 
 @dataclass(frozen=True)
 class Linear:
-    """w = w₀ + (λ − c) V: the tangent of the best response. The default."""
+    """w = w₀ + (λ − c) V: the tangent of the best response. The default.
 
-    def build(self, w0: Tensor, center: Tensor, units: Tensor) -> Hypernetwork:
+    A coordinate that acts on some weights only (the weight decay of one unit) moves those weights alone: one copy of the
+    weights for a hyperparameter of any number of coordinates.
+    """
+
+    def build(self, w0: Tensor, center: Tensor, layout: Layout) -> Hypernetwork:
         """See :class:`Builder`."""
-        return Hypernetwork(_Identity(len(w0), len(center)), w0, center)
+        coordinates = torch.arange(len(center))
+        local = torch.cat([torch.full((0,), -1), *layout.local]).unique()
+        dense = coordinates[~torch.isin(coordinates, local)]
+        maps: list[Dense | Local] = [Local(w0, index) for index in layout.local]
+        if len(dense):
+            maps.insert(0, Dense(w0, dense))
+        return Hypernetwork(_Identity(len(w0), len(center)), maps, w0, center)
 
 
 @dataclass(frozen=True)
@@ -173,9 +267,10 @@ class LowRank:
 
     rank: int = 10
 
-    def build(self, w0: Tensor, center: Tensor, units: Tensor) -> Hypernetwork:
+    def build(self, w0: Tensor, center: Tensor, layout: Layout) -> Hypernetwork:
         """See :class:`Builder`."""
-        return Hypernetwork(_Affine(len(w0), len(center), self.rank, w0), w0, center)
+        basis = _Affine(len(w0), len(center), self.rank, w0)
+        return Hypernetwork(basis, [Dense(w0, torch.arange(self.rank))], w0, center)
 
 
 @dataclass(frozen=True)
@@ -184,10 +279,10 @@ class ReluMLP:
 
     hidden: int = 50
 
-    def build(self, w0: Tensor, center: Tensor, units: Tensor) -> Hypernetwork:
+    def build(self, w0: Tensor, center: Tensor, layout: Layout) -> Hypernetwork:
         """See :class:`Builder`."""
         basis = _Sequence(_Affine(len(w0), len(center), self.hidden, w0), nn.ReLU())
-        return Hypernetwork(basis, w0, center)
+        return Hypernetwork(basis, [Dense(w0, torch.arange(self.hidden))], w0, center)
 
 
 @dataclass(frozen=True)
@@ -196,11 +291,11 @@ class Gated:
 
     hidden: int = 16
 
-    def build(self, w0: Tensor, center: Tensor, units: Tensor) -> Hypernetwork:
+    def build(self, w0: Tensor, center: Tensor, layout: Layout) -> Hypernetwork:
         """See :class:`Builder`."""
-        K, n_units = len(w0), int(units.max()) + 1
+        K, n_units = len(w0), int(layout.units.max()) + 1
         basis = _Sequence(_Affine(K, len(center), self.hidden, w0), nn.Tanh(), _Affine(K, self.hidden, n_units, w0))
-        return Hypernetwork(basis, w0, center, units.to(w0.device))
+        return Hypernetwork(basis, [Local(w0, layout.units)], w0, center)
 
 
 HYPERNETWORKS: dict[str, Builder] = {

@@ -6,7 +6,8 @@ that every model has its own weights *and* its own weight decay, dropout rate, .
     mean over rows of  s · ℓ(f_w(x + noise · ε), smoothed y)  +  ½ · weight_decay · ‖w‖²  +  l1 · ‖w‖₁
 
 where ‖·‖ runs over the weights of two or more dimensions (biases are free), as it does in
-``torch.optim.SGD(weight_decay=...)`` with the biases left out. The validation loss is the first term alone, without
+``torch.optim.SGD(weight_decay=...)`` with the biases left out. Each of those weights may have its own weight decay and l1,
+and each feature its own noise. The validation loss is the first term alone, without
 noise, dropout or smoothing.
 
 >>> import torch
@@ -28,6 +29,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -121,8 +123,9 @@ class Objective:
         Copied, never changed. Parameters with ``requires_grad=False`` stay as they are and are not part of w.
     loss : callable ``(outputs, targets, smoothing) -> per-row loss``
         See :data:`CLASSIFICATION_LOSSES`, :data:`REGRESSION_LOSSES` and :class:`CustomLoss`.
-    fixed : mapping from str to float, optional
-        Values of the hyperparameters of the loss that are not tuned; zero if absent.
+    fixed : mapping from str to value, optional
+        Values of the hyperparameters of the loss that are not tuned; zero if absent. Those of the penalties may be dicts from
+        parameter name to a number or an array that broadcasts to the parameter.
     reach : mapping from str to list of Reach, optional
         For every tuned factory keyword, the numbers in the module that it sets.
     folds : int, default=1
@@ -144,13 +147,12 @@ class Objective:
         module: nn.Module,
         loss: Loss,
         *,
-        fixed: Mapping[str, float] | None = None,
+        fixed: Mapping[str, Any] | None = None,
         reach: Mapping[str, list[Reach]] | None = None,
         folds: int = 1,
         penalise_biases: bool = False,
     ):
         self.loss = loss
-        self.fixed = dict(fixed or {})
         self.reach = dict(reach or {})
         self.stacked = True
         self._modules = {training: with_tensor_dropout(module).train(training) for training in (True, False)}
@@ -165,6 +167,8 @@ class Objective:
             [torch.full_like(p.reshape(-1), float(p.dim() > 1 or penalise_biases)) for p in parameters.values()]
             or [torch.zeros(0)]
         )
+        self._free = {k for k, p in parameters.items() if not (p.dim() > 1 or penalise_biases)}
+        self.fixed: dict[str, Value] = {name: self._as_fixed(name, value) for name, value in (fixed or {}).items()}
 
     # flat w ⇄ named parameters
 
@@ -187,6 +191,75 @@ class Objective:
             start += n_rows
         return torch.cat(rows)
 
+    # penalties of a finer grain
+
+    def arrangement(self, grain: str, n_features: int) -> dict[str, tuple[int, ...]]:
+        """For each penalised parameter the shape of its values at a grain, broadcasting to the parameter.
+
+        Parameters
+        ----------
+        grain : {"layer", "unit", "weight", "feature"}
+        n_features : int
+            Inputs (or channels) of the first layer, for "feature".
+
+        Raises
+        ------
+        ValueError
+            If no parameter is penalised, or for "feature" if the first one does not have one column for each input.
+        """
+        shapes = {k: shape for k, shape in self._shapes.items() if k not in self._free}
+        if not shapes:
+            raise ValueError("the model has no weights of two or more dimensions")
+        if grain == "weight":
+            return {k: tuple(shape) for k, shape in shapes.items()}
+        if grain == "unit":
+            return {k: (shape[0], *(1,) * (len(shape) - 1)) for k, shape in shapes.items()}
+        arrangement: dict[str, tuple[int, ...]] = dict.fromkeys(shapes, ())
+        if grain == "feature":
+            first, shape = next(iter(shapes.items()))
+            if len(shape) < 2 or shape[1] != n_features:
+                raise ValueError(
+                    f"the first layer's weight {first!r} has shape {tuple(shape)}, and not one column for each of the "
+                    f"{n_features} features"
+                )
+            arrangement[first] = (1, n_features, *(1,) * (len(shape) - 2))
+        return arrangement
+
+    def index(self, arrangement: Mapping[str, tuple[int, ...]]) -> Tensor:
+        """For each weight the number of its value in an arrangement of values, flattened; −1 for none. Shape (D,)."""
+        pieces, start = [], 0
+        for k, shape in self._shapes.items():
+            if k not in arrangement:
+                pieces.append(torch.full((shape.numel(),), -1))
+                continue
+            numbers = start + torch.arange(math.prod(arrangement[k])).view(arrangement[k])
+            pieces.append(numbers.expand(shape).reshape(-1))
+            start += math.prod(arrangement[k])
+        return torch.cat(pieces).to(self._penalised.device)
+
+    def _as_fixed(self, name: str, value: Any) -> Value:
+        """A dict by parameter name → one coefficient for each weight (1, D); an array by feature → (1, features)."""
+        like = self._penalised
+        if isinstance(value, Mapping):
+            known = [k for k in self._shapes if k not in self._free]
+            if value.keys() - set(known):
+                raise ValueError(
+                    f"{name}: {sorted(value.keys() - set(known))} are no penalised parameters of the model; it has {known}."
+                )
+            pieces = []
+            for k, shape in self._shapes.items():
+                one = torch.as_tensor(np.asarray(value.get(k, 0.0)), dtype=like.dtype, device=like.device)
+                try:
+                    pieces.append(one.expand(shape).reshape(-1))
+                except RuntimeError as error:
+                    raise ValueError(
+                        f"{name}[{k!r}] of shape {tuple(one.shape)} does not broadcast to the parameter's {tuple(shape)}."
+                    ) from error
+            return torch.cat(pieces)[None]
+        if np.ndim(value) == 0:
+            return float(value)
+        return torch.as_tensor(np.asarray(value), dtype=like.dtype, device=like.device)[None]
+
     def load_into(self, module: nn.Module, w: Tensor, fold: int = 0) -> nn.Module:
         """Copy one model's weights w (D,) and its fold's buffers into a module of the same architecture."""
         state = {**self._buffers[fold], **self._constants, **self.named(w.detach())}
@@ -205,7 +278,8 @@ class Objective:
         ----------
         w : Tensor of shape (M, D)
         values : mapping from str to Tensor of shape (M,) or float
-            Hyperparameters by name; those missing are taken from ``fixed``.
+            Hyperparameters by name; those missing are taken from ``fixed``. Penalties may also be (M, D), one for each weight,
+            and the input noise (M, features).
         batch : Batch of M × B rows
 
         Returns
@@ -218,15 +292,21 @@ class Objective:
         noise = values.get("input_noise", 0.0)
         if not is_zero(noise):
             # One draw for all models: common random numbers.
-            x = x + _column(noise, x) * torch.randn(x.shape[1:], dtype=x.dtype, device=x.device)
+            x = x + _rowwise(noise, x) * torch.randn(x.shape[1:], dtype=x.dtype, device=x.device)
         outputs = self._outputs(w, x, values, training=True)
         loss = self._mean_loss(outputs, batch, values.get("label_smoothing", 0.0))
         weight_decay, l1 = values.get("weight_decay", 0.0), values.get("l1", 0.0)
         if not is_zero(weight_decay):
-            loss = loss + 0.5 * weight_decay * (w * self._penalised * w).sum(dim=-1)
+            loss = loss + 0.5 * self._penalty(weight_decay, w * w)
         if not is_zero(l1):
-            loss = loss + l1 * (w.abs() * self._penalised).sum(dim=-1)
+            loss = loss + self._penalty(l1, w.abs())
         return loss
+
+    def _penalty(self, strength: Value, powers: Tensor) -> Tensor:
+        """Σ over penalised weights of strength · power, (M,); the strength is one per model or one per weight."""
+        if isinstance(strength, Tensor) and strength.dim() == 2:
+            return (powers * (strength * self._penalised)).sum(dim=-1)
+        return strength * (powers * self._penalised).sum(dim=-1)
 
     def valid_loss(self, w: Tensor, batch: Batch, *, fold: int | None = None) -> Tensor:
         """Validation loss of each model, (M, D) → (M,): mean over rows, no noise, no penalty, module in eval mode.
@@ -318,5 +398,8 @@ def as_loss(criterion: Any, losses: Mapping[str, Loss]) -> Loss:
     return CustomLoss(criterion() if inspect.isclass(criterion) else criterion)  # type: ignore[arg-type]
 
 
-def _column(value: Value, like: Tensor) -> Value:
-    return value.view(-1, *(1,) * (like.dim() - 1)) if isinstance(value, Tensor) else value
+def _rowwise(value: Value, x: Tensor) -> Value:
+    """A number, one per model (M,), or one per model and feature (M, features), so that it broadcasts with x (M, B, ...)."""
+    if not isinstance(value, Tensor):
+        return value
+    return value[:, None] if value.dim() == 2 else value.view(-1, *(1,) * (x.dim() - 1))

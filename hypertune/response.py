@@ -21,7 +21,7 @@ from hypertune.estimator import Net
 from hypertune.hypernetworks import Hypernetwork
 from hypertune.objective import Objective
 from hypertune.randomness import isolated
-from hypertune.space import Space
+from hypertune.space import Space, Value
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,12 @@ class BestResponse:
 
     space: Space
     prefix: str
-    params: dict[str, float]
+    params: dict[str, Any]
     hypernetwork: Hypernetwork
     objective: Objective
     folds: list[Fold]
 
-    def weights(self, params: Mapping[str, float] | None = None, *, fold: int = 0) -> dict[str, Tensor]:
+    def weights(self, params: Mapping[str, Value] | None = None, *, fold: int = 0) -> dict[str, Tensor]:
         """Weights at a setting, by parameter name of the module.
 
         Parameters
@@ -96,7 +96,7 @@ class BestResponse:
         """
         return self.objective.named(self._weights(self._lam([params or {}]))[fold, 0])
 
-    def estimator_at(self, params: Mapping[str, float] | None = None, *, fold: int = 0) -> Any:
+    def estimator_at(self, params: Mapping[str, Value] | None = None, *, fold: int = 0) -> Any:
         """A fitted estimator at a setting, without training: the net, or the Pipeline around it.
 
         Parameters
@@ -114,11 +114,11 @@ class BestResponse:
             return net
         return Pipeline([*copy.deepcopy(preprocess).steps[:-1], (self.prefix.removesuffix("__"), net)])
 
-    def validation_loss(self, params: Mapping[str, float] | None = None) -> float:
+    def validation_loss(self, params: Mapping[str, Value] | None = None) -> float:
         """Validation loss at a setting, mean over rows and then over folds; no penalties, no noise."""
         return float(self._validation_losses(self._lam([params or {}])).mean())
 
-    def validation_curve(self, name: str, values: Sequence[float]) -> np.ndarray:
+    def validation_curve(self, name: str, values: Sequence[Value]) -> np.ndarray:
         """Validation loss along one hyperparameter, the others at λ̂.
 
         Returns
@@ -157,19 +157,19 @@ class BestResponse:
             losses.append(torch.stack([_full_loss(self.objective, w[k], f.valid, k) for k, f in enumerate(self.folds)]))
         return torch.stack(losses, dim=1).cpu()
 
-    def _complete(self, params: Mapping[str, float]) -> dict[str, float]:
+    def _complete(self, params: Mapping[str, Value]) -> dict[str, Value]:
         if unknown := sorted(set(params) - set(self.space.names)):
             raise ValueError(f"{unknown[0]!r} was not tuned; this best response knows {list(self.space.names)}.")
         for h in self.space.hyperparameters:
             low, high = h.support
-            if h.name in params and not low <= params[h.name] <= high:
+            if h.name in params and not ((v := h.flatten(params[h.name])) >= low).all() & (v <= high).all():
                 raise ValueError(f"{h.name}={params[h.name]!r} is outside its declared range [{low:g}, {high:g}].")
         return {**self.params, **params}
 
-    def _lam(self, settings: Sequence[Mapping[str, float]]) -> Tensor:
+    def _lam(self, settings: Sequence[Mapping[str, Value]]) -> Tensor:
         return torch.stack([self.space.encode(self._complete(setting)) for setting in settings])
 
-    def _own(self, setting: Mapping[str, float]) -> dict[str, float]:
+    def _own(self, setting: Mapping[str, Value]) -> dict[str, Value]:
         return {name.removeprefix(self.prefix): value for name, value in setting.items()}
 
 

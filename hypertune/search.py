@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self
 
 import numpy as np
+import torch
 from sklearn import get_config
 from sklearn.base import clone, is_classifier
 from sklearn.model_selection import check_cv
@@ -27,6 +28,7 @@ from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.metadata_routing import process_routing
 from sklearn.utils.metaestimators import _safe_split
 from sklearn.utils.validation import _check_method_params, indexable
+from torch import Tensor
 
 from hypertune.callbacks import epochs
 from hypertune.estimator import Net, TorchEstimator
@@ -34,7 +36,7 @@ from hypertune.hypernetworks import HYPERNETWORKS, Builder
 from hypertune.randomness import draw_seed
 from hypertune.response import Fold
 from hypertune.space import Space
-from hypertune.training import hyper_train
+from hypertune.training import hyper_train, stack
 from hypertune.tunable import check_names
 
 
@@ -53,7 +55,8 @@ class HyperTrainingSearchCV(BaseSearchCV):
         Parameter names, as in ``RandomizedSearchCV``, with continuous distributions: frozen ones of ``scipy.stats``
         (``loguniform``, ``uniform``, ...) or ``optuna.distributions.FloatDistribution``. What can be tuned:
         ``weight_decay``, ``l1``, ``input_noise``, ``label_smoothing``, and every ``module__…`` keyword that reaches a
-        dropout rate; of a skorch net ``optimizer__weight_decay``, ``criterion__label_smoothing`` and ``module__…``.
+        dropout rate. The penalties may have a value for each layer, unit, weight or feature, with
+        :func:`per_layer`, :func:`per_unit`, :func:`per_weight`, :func:`per_feature` around the distribution. Of a skorch net ``optimizer__weight_decay``, ``criterion__label_smoothing`` and ``module__…``.
     algorithm : {"joint", "global", "simplified"}, default="joint"
         Algorithm 3, 2 or 4 of the paper: hypernetwork and hyperparameters together, hyperparameters sampled around
         the current ones; first the hypernetwork over the whole space, then the hyperparameters; together, without
@@ -115,8 +118,9 @@ class HyperTrainingSearchCV(BaseSearchCV):
     best_score_ : float
         Mean cross-validated score of ``best_estimator_``. Optimistic, as ``GridSearchCV``'s is: the hyperparameters
         were fitted to these folds. The honest figure is ``cross_val_score`` of the whole search.
-    best_params_ : dict from str to float
-        The best setting, inside the declared bounds.
+    best_params_ : dict
+        The best setting, inside the declared bounds: a float for each name, or for a finer grain what the estimator takes: a
+        dict from parameter name of the module to floats or arrays, or an array.
     best_index_ : int
         Its row in ``cv_results_``.
     scorer_ : callable or dict
@@ -323,13 +327,19 @@ class HyperTrainingSearchCV(BaseSearchCV):
         net, prefix = _net(self.estimator), _prefix(self.estimator)
         self._check_space(space)
         check_names(net, space, prefix)
-        current = self._current(space)
+        seed = draw_seed(self.random_state)
+        folds = self._folds()
+        space, objective, w0 = stack(space, prefix, folds, seed)
+        settings = self._settings()
+        current = space.encode({name: settings[name] for name in space.names})  # moved into the declared bounds
         max_epochs = net.max_epochs if self.max_epochs is None else self.max_epochs
         with self._hyper_training_task(max_epochs) as end_epoch:
             response, self.history_ = hyper_train(
                 space,
                 prefix,
-                self._folds(),
+                folds,
+                objective,
+                w0,
                 _start(space, current),
                 algorithm=self.algorithm,
                 hypernetwork=HYPERNETWORKS[self.hypernetwork]
@@ -344,7 +354,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
                 hyper_eps=self.hyper_eps,
                 warmup=self.warmup,
                 averaging=self.averaging,
-                seed=draw_seed(self.random_state),
+                seed=seed,
                 progress=self.verbose > 0,
                 end_epoch=end_epoch,
             )
@@ -352,7 +362,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
         if self.evaluate == "hypernetwork":
             self._responses.append(response)
             return [response.params]
-        return [response.params, current]
+        return [response.params, space.decode(current)]
 
     @contextmanager
     def _hyper_training_task(self, n_epochs: int) -> Iterator[Callable[..., bool]]:
@@ -364,11 +374,6 @@ class HyperTrainingSearchCV(BaseSearchCV):
             yield end_epoch
         if context is not None:
             context.call_on_fit_task_end(estimator=self)
-
-    def _current(self, space: Space) -> dict[str, float]:
-        """The estimator's own setting, moved into the declared bounds."""
-        params = self._settings()
-        return space.decode(space.encode({name: params[name] for name in space.names}))
 
     def _settings(self) -> dict[str, Any]:
         """All parameters of the estimator with their current values, also those that were never set on it."""
@@ -418,7 +423,8 @@ class HyperTrainingSearchCV(BaseSearchCV):
         """Every name must be a parameter of the torch estimator itself."""
         valid = self._settings()
         prefix = _prefix(self.estimator)
-        for name in space.names:
+        for h in space.hyperparameters:
+            name = h.name
             where = f"param_distributions[{name!r}]"
             if name not in valid:
                 near = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
@@ -430,6 +436,8 @@ class HyperTrainingSearchCV(BaseSearchCV):
                     f"{where}: it belongs to a preprocessing step, which is fitted and not trained: no gradient reaches it. "
                     "Set it on the pipeline, or give it to an outer search (OptunaSearchCV, GridSearchCV)."
                 )
+            if h.grain is not None and isinstance(valid[name], (Mapping, Sequence, np.ndarray)):
+                continue
             if not isinstance(valid[name], Real) or isinstance(valid[name], bool):
                 raise ValueError(
                     f"{where}: its current value {valid[name]!r} is not a number, so there is no gradient to follow. Set it on "
@@ -437,17 +445,18 @@ class HyperTrainingSearchCV(BaseSearchCV):
                 )
 
 
-def _start(space: Space, current: Mapping[str, float]) -> dict[str, float]:
+def _start(space: Space, current: Tensor) -> Tensor:
     """Where λ̂ starts: at the estimator's own setting, except where that is the bound of a logarithmic range.
 
     Far down on a logarithmic axis the loss is flat, and a gradient does not lead out of there: such a hyperparameter starts
     at a third of the way up its distribution.
     """
-    start = dict(current)
-    third = space.decode(space.quantile(np.full((1, space.n), 1 / 3))[0])
-    for h in space.hyperparameters:
-        if h.coordinate == "log" and h.encode(current[h.name]) in (h.low, h.high):
-            start[h.name] = third[h.name]
+    start = current.clone()
+    third = space.quantile(np.full((1, space.n), 1 / 3))[0]
+    for h, block in zip(space.hyperparameters, space.blocks.values(), strict=True):
+        if h.coordinate == "log":
+            at_bound = (current[block] == h.low) | (current[block] == h.high)
+            start[block] = torch.where(at_bound, third[block], current[block])
     return start
 
 

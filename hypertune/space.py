@@ -19,14 +19,17 @@ unbounded                      (value − median)/spread        one standard dev
 =============================  =============================  ===================================
 
 Bounds are walls: λ is clipped to its box, so a bound itself (no dropout at all) can be the answer.
+
+A hyperparameter of a finer grain (``per_layer(loguniform(...))``) has many coordinates, all under one prior. How many, and
+how they are arranged, is known once the model is: :meth:`Space.resolve`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -37,6 +40,51 @@ from torch import Tensor
 
 _UNITS_PER_RANGE = 4.0
 _LOG_UNIFORM = ("loguniform", "reciprocal")
+
+
+Grain = Literal["layer", "unit", "weight", "feature", "row"]
+
+# How the coordinates of one hyperparameter are arranged: by name, each of the shape that broadcasts to what it belongs to
+# (parameters of the module), or one array.
+Shape = Mapping[str, tuple[int, ...]] | tuple[int, ...]
+
+# What a hyperparameter is to the user: a number, an array, or numbers and arrays by name.
+Value = float | np.ndarray | Mapping[str, "float | np.ndarray"]
+
+
+@dataclass(frozen=True)
+class Grained:
+    """A distribution and the grain at which it holds: what :func:`per_layer` and its kin return."""
+
+    distribution: Any
+    grain: Grain
+
+    def __repr__(self) -> str:
+        return f"per_{self.grain}({self.distribution!r})"
+
+
+def per_layer(distribution: Any) -> Grained:
+    """Its own value for every layer: for each penalised parameter of the module, a number."""
+    return Grained(distribution, "layer")
+
+
+def per_unit(distribution: Any) -> Grained:
+    """Its own value for every output unit or channel: for each penalised parameter, one number per row."""
+    return Grained(distribution, "unit")
+
+
+def per_weight(distribution: Any) -> Grained:
+    """Its own value for every weight: for each penalised parameter, an array of its shape."""
+    return Grained(distribution, "weight")
+
+
+def per_feature(distribution: Any) -> Grained:
+    """Its own value for every input feature or channel.
+
+    Of ``weight_decay`` and ``l1``: for the first layer, one number per input (automatic relevance determination), and one
+    number for each further layer. Of ``input_noise``: an array of shape (n_features,).
+    """
+    return Grained(distribution, "feature")
 
 
 @dataclass(frozen=True)
@@ -57,6 +105,10 @@ class Hyperparameter:
         ``value = offset + exp(λ)`` for "log" and ``value = offset + unit · λ`` for "linear".
     low, high : float
         Bounds of λ (not of the value); infinite where the distribution has none.
+    grain : {"layer", "unit", "weight", "feature", "row"} or None
+        None for a single number.
+    shape : mapping from str to tuple, tuple, or None
+        How many coordinates there are and how they are arranged; None for a single number, or until it is resolved.
     """
 
     name: str
@@ -67,6 +119,8 @@ class Hyperparameter:
     unit: float
     low: float
     high: float
+    grain: Grain | None = None
+    shape: Shape | None = None
 
     @classmethod
     def from_distribution(cls, name: str, distribution: Any) -> Hyperparameter:
@@ -77,6 +131,10 @@ class Hyperparameter:
         ValueError, TypeError
             If a gradient cannot tune it: a list, a discrete or stepped distribution, an empty or infinite range.
         """
+        if isinstance(distribution, Grained):
+            if isinstance(distribution.distribution, Grained):
+                raise ValueError(f"param_distributions[{name!r}]: {distribution!r} has two grains; choose one.")
+            return replace(cls.from_distribution(name, distribution.distribution), grain=distribution.grain)
         prior, log = _as_prior(name, distribution)
         low, high = (float(bound) for bound in prior.support())
         if not low < high:
@@ -104,19 +162,70 @@ class Hyperparameter:
             "bound it on both sides, on neither side, or from below."
         )
 
-    def encode(self, value: float) -> float:
-        """Value → λ, clipped to the bounds."""
-        distance = float(value) - self.offset
+    @property
+    def size(self) -> int:
+        """How many coordinates of λ it has."""
+        if self.shape is None:
+            if self.grain is not None:
+                raise ValueError(f"{self.name}: how many values per_{self.grain} means is known once a model is built.")
+            return 1
+        shapes = self.shape.values() if isinstance(self.shape, Mapping) else [self.shape]
+        return sum(math.prod(shape) for shape in shapes)
+
+    def encode(self, value: Value) -> np.ndarray:
+        """Value → λ of shape (size,), clipped to the bounds."""
+        return self.to_lam(self.flatten(value))
+
+    def to_lam(self, values: np.ndarray) -> np.ndarray:
+        """Values → λ, elementwise, clipped to the bounds; the inverse of :meth:`decode`."""
         if self.coordinate == "linear":
-            lam = distance / self.unit
+            lam = (values - self.offset) / self.unit
         else:
-            lam = math.log(distance) if distance > 0 else -math.inf
-        return min(max(lam, self.low), self.high)
+            with np.errstate(divide="ignore"):
+                lam = np.log(np.maximum(values - self.offset, 0.0))
+        return lam.clip(self.low, self.high)
+
+    def flatten(self, value: Value) -> np.ndarray:
+        """A number, an array, or a dict of them → one value for each coordinate, shape (size,).
+
+        Raises
+        ------
+        ValueError
+            If names or shapes are not those of the model.
+        """
+        if not isinstance(self.shape, Mapping):
+            return _broadcast(value, self.shape or (), self.name).reshape(-1)
+        if isinstance(value, Mapping):
+            if unknown := sorted(value.keys() - self.shape.keys()):
+                raise ValueError(f"{self.name}: got values for {unknown}; the model has {list(self.shape)}.")
+            pieces = [_broadcast(value.get(k, 0.0), s, f"{self.name}[{k!r}]") for k, s in self.shape.items()]
+        else:
+            pieces = [_broadcast(value, shape, self.name) for shape in self.shape.values()]
+        return np.concatenate([piece.reshape(-1) for piece in pieces])
+
+    def arrange(self, flat: np.ndarray) -> Any:
+        """One value for each coordinate, (size,) → a float, an array, or a dict of them: the inverse of :meth:`flatten`."""
+        if self.shape is None:
+            return float(flat[0])
+        if not isinstance(self.shape, Mapping):
+            return flat.reshape(self.shape)
+        ends = np.cumsum([math.prod(shape) for shape in self.shape.values()])
+        pieces = dict(zip(self.shape, np.split(flat, ends[:-1]), strict=True))
+        return {k: float(pieces[k][0]) if shape == () else pieces[k].reshape(shape) for k, shape in self.shape.items()}
 
     def decode(self, lam: Tensor) -> Tensor:
         """λ → value, elementwise, always inside the declared bounds."""
         value = self.offset + (lam.exp() if self.coordinate == "log" else self.unit * lam)
         return value.clamp(*self.support)
+
+
+def _broadcast(value: Any, shape: tuple[int, ...], name: str) -> np.ndarray:
+    try:
+        return np.broadcast_to(np.asarray(value, dtype=np.float64), shape)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{name}: {np.shape(value) or type(value).__name__} does not broadcast to the model's {shape}."
+        ) from error
 
 
 def _as_prior(name: str, distribution: Any) -> tuple[Any, bool]:
@@ -147,13 +256,14 @@ def _as_prior(name: str, distribution: Any) -> tuple[Any, bool]:
         raise ValueError(f"{where}: a list of choices has no gradient; {outer}")
     raise TypeError(
         f"{where}: got {distribution!r}; expected a frozen continuous scipy.stats distribution, such as "
-        "loguniform(1e-6, 1e1) or uniform(0, 0.8), or optuna.distributions.FloatDistribution."
+        "loguniform(1e-6, 1e1) or uniform(0, 0.8), or optuna.distributions.FloatDistribution, or one of them in "
+        f"{', '.join(f'per_{grain}' for grain in get_args(Grain)[:-1])}."
     )
 
 
 @dataclass(frozen=True)
 class Space:
-    """The hyperparameters of one search, in order: coordinate j of λ belongs to ``hyperparameters[j]``."""
+    """The hyperparameters of one search, in order, each with one coordinate of λ or a block of them."""
 
     hyperparameters: tuple[Hyperparameter, ...]
 
@@ -179,40 +289,62 @@ class Space:
         """Parameter names in the order of λ."""
         return tuple(h.name for h in self.hyperparameters)
 
+    def resolve(self, shapes: Mapping[str, Shape]) -> Space:
+        """The same space, with the arrangement of every hyperparameter that has a grain, by name."""
+        return Space(tuple(replace(h, shape=shapes.get(h.name)) for h in self.hyperparameters))
+
     @property
     def n(self) -> int:
         """Length of λ."""
-        return len(self.hyperparameters)
+        return sum(h.size for h in self.hyperparameters)
+
+    @property
+    def blocks(self) -> dict[str, slice]:
+        """Which coordinates of λ each hyperparameter has."""
+        ends = np.cumsum([h.size for h in self.hyperparameters]).tolist()
+        return {h.name: slice(end - h.size, end) for h, end in zip(self.hyperparameters, ends, strict=True)}
+
+    @property
+    def sizes(self) -> Tensor:
+        """For each coordinate of λ the size of its block, shape (n,)."""
+        return self._each(lambda h: h.size)
 
     @property
     def low(self) -> Tensor:
         """Lower bounds of λ, shape (n,)."""
-        return torch.tensor([h.low for h in self.hyperparameters], dtype=torch.float64)
+        return self._each(lambda h: h.low)
 
     @property
     def high(self) -> Tensor:
         """Upper bounds of λ, shape (n,)."""
-        return torch.tensor([h.high for h in self.hyperparameters], dtype=torch.float64)
+        return self._each(lambda h: h.high)
 
-    def encode(self, params: Mapping[str, float]) -> Tensor:
+    def _each(self, number: Callable[[Hyperparameter], float]) -> Tensor:
+        numbers = [np.full(h.size, number(h), dtype=np.float64) for h in self.hyperparameters]
+        return torch.from_numpy(np.concatenate(numbers))
+
+    def encode(self, params: Mapping[str, Value]) -> Tensor:
         """Values by name → λ of shape (n,), clipped to the bounds."""
-        return torch.tensor([h.encode(params[h.name]) for h in self.hyperparameters], dtype=torch.float64)
+        return torch.from_numpy(np.concatenate([h.encode(params[h.name]) for h in self.hyperparameters]))
 
     def values(self, lam: Tensor) -> dict[str, Tensor]:
-        """λ of shape (..., n) → values by name, each of shape (...)."""
-        return {h.name: h.decode(lam[..., j]) for j, h in enumerate(self.hyperparameters)}
+        """λ of shape (..., n) → values by name, each of shape (...), or (..., size) for a grain."""
+        blocks = self.blocks
+        return {
+            h.name: h.decode(lam[..., blocks[h.name].start] if h.shape is None else lam[..., blocks[h.name]])
+            for h in self.hyperparameters
+        }
 
-    def decode(self, lam: Tensor) -> dict[str, float]:
-        """One λ of shape (n,) → plain Python floats by name, inside the declared bounds."""
-        return {name: float(value) for name, value in self.values(lam.detach().double()).items()}
+    def decode(self, lam: Tensor) -> dict[str, Any]:
+        """One λ of shape (n,) → plain Python floats, arrays or dicts of them by name, inside the declared bounds."""
+        values = {name: value.numpy().reshape(-1) for name, value in self.values(lam.detach().cpu().double()).items()}
+        return {h.name: h.arrange(values[h.name]) for h in self.hyperparameters}
 
     def quantile(self, q: np.ndarray) -> Tensor:
         """Quantiles (m, n) of the priors → λ of shape (m, n)."""
-        columns = [
-            [h.encode(value) for value in np.atleast_1d(h.prior.ppf(q[:, j]))]
-            for j, h in enumerate(self.hyperparameters)
-        ]
-        return torch.tensor(columns, dtype=torch.float64).T
+        blocks = self.blocks
+        columns = [h.to_lam(h.prior.ppf(q[:, blocks[h.name]])) for h in self.hyperparameters]
+        return torch.from_numpy(np.concatenate(columns, axis=1))
 
     def sample(self, m: int, rng: np.random.Generator) -> Tensor:
         """Draw m settings from the declared priors; λ of shape (m, n)."""

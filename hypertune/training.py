@@ -3,7 +3,8 @@
 Rows and minibatches, the stacked objective, a hypernetwork, one of the algorithms and their optimizers. This room owns the
 loop, the clock and the trace; the mathematics is in :mod:`hypertune.algorithms`.
 
-    response, history = hyper_train(space, prefix, folds, start, algorithm="joint", ...)
+    space, objective, w0 = stack(space, prefix, folds, seed)
+    response, history = hyper_train(space, prefix, folds, objective, w0, start, algorithm="joint", ...)
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,12 +34,12 @@ from hypertune.algorithms import (
 )
 from hypertune.batches import Batch, Minibatches
 from hypertune.estimator import Net
-from hypertune.hypernetworks import Builder, Hypernetwork
+from hypertune.hypernetworks import Builder, Hypernetwork, Layout
 from hypertune.objective import Objective
 from hypertune.randomness import isolated
 from hypertune.response import BestResponse, Fold
 from hypertune.space import Space
-from hypertune.tunable import find_reaches
+from hypertune.tunable import arrangements, find_reaches
 
 _VALID_BATCH = 256
 _SCREENED = 512  # settings that "global" ranks before its descent
@@ -49,7 +51,9 @@ def hyper_train(
     space: Space,
     prefix: str,
     folds: list[Fold],
-    start: Mapping[str, float],
+    objective: Objective,
+    w0: Tensor,
+    start: Tensor,
     *,
     algorithm: str,
     hypernetwork: Builder,
@@ -68,6 +72,7 @@ def hyper_train(
 ) -> tuple[BestResponse, dict[str, np.ndarray]]:
     """Run one of the three algorithms; the parameters are those of ``HyperTrainingSearchCV``.
 
+    ``space``, ``objective`` and ``w0`` are what :func:`stack` returns, and λ̂ starts at ``start`` (n,).
     ``end_epoch`` is called after every pass through the training rows, and ends the run by answering True.
 
     Returns
@@ -75,24 +80,24 @@ def hyper_train(
     response : BestResponse
         ``response.params`` is the tuned setting.
     history : dict from str to ndarray
-        One entry per record: step, seconds, epoch, train_loss, validation_loss and each hyperparameter.
+        One entry per record: step, seconds, epoch, train_loss, validation_loss and each hyperparameter (one column for each
+        of its values, if it has a grain).
 
     Raises
     ------
     ValueError
-        If a hyperparameter reaches nothing, or the loss is no longer finite (naming step and λ̂).
+        If the loss is no longer finite (naming step and λ̂).
     """
     begin = time.perf_counter()
     net = folds[0].net
     with isolated(seed, net.device):
-        objective, w0 = _stacked(space, prefix, folds, start)
-        lam_hat = space.encode(start).to(w0)
+        lam_hat = start.to(w0)
         train_batches = Minibatches([fold.train for fold in folds], net.batch_size, seed=seed)
         problem = _problem(space, prefix, objective, folds, train_batches, seed, w0)
         center = lam_hat if algorithm == "joint" else lam_hat.clone()
         if algorithm == "simplified":  # with V = 0 at a distance from λ̂, larger λ begins by meaning: closer to w₀
             center = torch.minimum(center + _SIMPLIFIED_OFFSET, problem.high)
-        phi = hypernetwork.build(w0, center, objective.units())
+        phi = hypernetwork.build(w0, center, _layout(space, prefix, net, objective, folds[0].train.x))
         response = BestResponse(space, prefix, {}, phi, objective, folds)
 
         per_epoch = train_batches.steps_per_epoch
@@ -101,6 +106,13 @@ def hyper_train(
         first = phi_steps if algorithm == "global" else int(warmup * steps)
         phi_optimizer, phi_schedules = _phi_optimizer(net, phi, response_optimizer, phi_steps)
         lam_optimizer = torch.optim.Adam([lam_hat], lr=hyper_lr, betas=(0.9, 0.99), eps=hyper_eps)
+        # Each of many values has a small slope of its own; what matters is the slope of moving all of them together.
+        sizes = space.sizes.to(lam_hat)
+
+        def scale_slopes(*_: Any) -> None:
+            lam_hat.grad.mul_(sizes)  # type: ignore[union-attr]
+
+        lam_optimizer.register_step_pre_hook(scale_slopes)
         decay = 1 / max(steps - first, 1) if hyper_lr_schedule == "linear" else 0.0
         lam_schedule = LambdaLR(lam_optimizer, lambda t: max(0.0, 1 - decay * t))
         run = _run(
@@ -131,16 +143,51 @@ def hyper_train(
     return response, trace.arrays()
 
 
-def _stacked(space: Space, prefix: str, folds: list[Fold], start: Mapping[str, float]) -> tuple[Objective, Tensor]:
-    """The objective of all folds in one, and their K sets of initial weights (K, D). Refuses what cannot be trained."""
+def stack(space: Space, prefix: str, folds: list[Fold], seed: int) -> tuple[Space, Objective, Tensor]:
+    """All folds in one objective. Refuses what cannot be trained.
+
+    Returns
+    -------
+    space : Space
+        With the arrangement of every hyperparameter that has a grain.
+    objective : Objective
+    w0 : Tensor of shape (K, D)
+        Initial weights.
+
+    Raises
+    ------
+    ValueError
+        If a hyperparameter reaches nothing in the model.
+    """
     net = folds[0].net
-    reaches = find_reaches(net, space, prefix)
-    modules = [fold.net._build_module() for fold in folds]
-    objective = net._make_objective(modules[0], reach=reaches, folds=len(folds))
-    x = folds[0].valid.x[:2]
-    net._check_outputs(objective, x)
-    objective.try_stacking(x, {own: start[prefix + own] for own in reaches})
-    return objective, torch.stack([net._make_objective(module).initial_weights() for module in modules])
+    with isolated(seed, net.device):
+        reaches = find_reaches(net, space, prefix)
+        modules = [fold.net._build_module() for fold in folds]
+        objective = net._make_objective(modules[0], reach=reaches, folds=len(folds))
+        x = folds[0].valid.x[:2]
+        net._check_outputs(objective, x)
+        settings = net.get_params()
+        objective.try_stacking(x, {own: settings[own] for own in reaches})
+        w0 = torch.stack([net._make_objective(module).initial_weights() for module in modules])
+    return space.resolve(arrangements(net, objective, space, prefix, x)), objective, w0
+
+
+def _layout(space: Space, prefix: str, net: Net, objective: Objective, x: Tensor) -> Layout:
+    """Which coordinate of a fine grain acts on which weights: a penalty on its own, a feature's noise on its column."""
+    local = []
+    for h in space.hyperparameters:
+        if h.grain in (None, "layer"):
+            continue
+        if isinstance(h.shape, Mapping):
+            index = objective.index(h.shape)
+        else:
+            try:
+                arrangement = objective.arrangement("feature", x.shape[1])
+            except ValueError:
+                continue  # no layer with a column for each feature: a column of V for each instead
+            index = objective.index({name: shape for name, shape in arrangement.items() if shape != ()})
+        local.append(torch.where(index >= 0, index + space.blocks[h.name].start, -1))
+    return Layout(objective.units(), local)
 
 
 def _problem(
@@ -158,10 +205,14 @@ def _problem(
 
     own = {name: name.removeprefix(prefix) for name in space.names}
     names = {name: folds[0].net.loss_names.get(short, short) for name, short in own.items()}
+    of_weights = {h.name: objective.index(h.shape) for h in space.hyperparameters if isinstance(h.shape, Mapping)}
 
     def train_loss(w: Tensor, lam: Tensor, batch: Batch) -> Tensor:
         K, m, _ = w.shape
-        values = {names[name]: v.repeat(K) for name, v in space.values(lam).items()}
+        values = {}
+        for name, v in space.values(lam).items():
+            v = v[:, of_weights[name]] if name in of_weights else v
+            values[names[name]] = v.repeat(K, *(1,) * (v.dim() - 1))
         return objective.train_loss(w.flatten(0, 1), values, batch.repeat(m)).view(K, m)
 
     def valid_loss(w: Tensor, batch: Batch) -> Tensor:
@@ -235,7 +286,7 @@ class _Trace:
     def __init__(self, response: BestResponse, lam_hat: Tensor, begin: float, per_epoch: int, averaged_from: float):
         self.response, self.lam_hat, self.begin, self.per_epoch = response, lam_hat, begin, per_epoch
         self.averaged_from = averaged_from
-        self.rows: list[dict[str, float]] = []
+        self.rows: list[dict[str, Any]] = []
         self._losses: list[Tensor] = []
         self._sum, self._count = torch.zeros_like(lam_hat), 0
 
@@ -252,12 +303,11 @@ class _Trace:
         train_loss = float(torch.stack(self._losses).mean()) if self._losses else self.rows[-1]["train_loss"]
         self._losses.clear()
         lam = self.lam_hat.detach().cpu().double()
-        params = self.response.space.decode(lam)
         valid_loss = float(self.response._validation_losses(lam[None]).mean())
         if not (math.isfinite(train_loss) and math.isfinite(valid_loss) and bool(lam.isfinite().all())):
             raise ValueError(
                 f"Hyper-training diverged before step {number}: training loss {train_loss}, validation loss {valid_loss}, "
-                f"λ̂ = {params}. Lower the estimator's lr or the search's hyper_lr, or scale X."
+                f"λ̂ = {self.response.space.decode(lam)}. Lower the estimator's lr or the search's hyper_lr, or scale X."
             )
         self.rows.append(
             {
@@ -266,7 +316,7 @@ class _Trace:
                 "epoch": number / self.per_epoch,
                 "train_loss": train_loss,
                 "validation_loss": valid_loss,
-                **params,
+                **{name: value.numpy() for name, value in self.response.space.values(lam).items()},
             }
         )
 

@@ -7,13 +7,19 @@ from __future__ import annotations
 
 import copy
 
-from torch import nn
+from torch import Tensor, nn
 
 from hypertune.estimator import Net
 from hypertune.modules import Reach, find_reach
-from hypertune.objective import LOSS_HYPERPARAMETERS
+from hypertune.objective import LOSS_HYPERPARAMETERS, Objective
 from hypertune.randomness import isolated
-from hypertune.space import Space
+from hypertune.space import Grain, Shape, Space
+
+_GRAINS: dict[str, tuple[Grain | None, ...]] = {
+    "weight_decay": (None, "layer", "unit", "weight", "feature"),
+    "l1": (None, "layer", "unit", "weight", "feature"),
+    "input_noise": (None, "feature"),
+}
 
 
 def check_names(net: Net, space: Space, prefix: str) -> None:
@@ -26,6 +32,11 @@ def check_names(net: Net, space: Space, prefix: str) -> None:
     """
     for h in space.hyperparameters:
         where, own = f"param_distributions[{h.name!r}]", h.name.removeprefix(prefix)
+        if h.grain not in _GRAINS.get(net.loss_names.get(own, ""), (None,)):
+            raise ValueError(
+                f"{where}: per_{h.grain}(...) needs something that has such a shape: weight_decay or l1 of a TorchClassifier or "
+                "TorchRegressor (per_feature also input_noise). This one is a single number."
+            )
         if own.startswith("module__"):
             continue
         if own not in net.loss_names:
@@ -83,3 +94,36 @@ def find_reaches(net: Net, space: Space, prefix: str) -> dict[str, list[Reach]]:
         if both := [f"{r.path}.{r.name}" for r in reaches[own] if (r.path, r.name) in taken]:
             raise ValueError(f"{where}: {both[0]} is set by another tuned keyword too; tune one of them.")
     return reaches
+
+
+def arrangements(net: Net, objective: Objective, space: Space, prefix: str, x: Tensor) -> dict[str, Shape]:
+    """How the values of every hyperparameter that has a grain are arranged in this model, by name.
+
+    Parameters
+    ----------
+    net, objective, space, prefix
+    x : Tensor of shape (N, ...)
+        Some rows.
+
+    Raises
+    ------
+    ValueError
+        If the model has nothing of that grain.
+    """
+    shapes: dict[str, Shape] = {}
+    for h in space.hyperparameters:
+        if h.grain is None:
+            continue
+        if net.loss_names[h.name.removeprefix(prefix)] == "input_noise":
+            if x.dim() != 2:
+                raise ValueError(
+                    f"param_distributions[{h.name!r}]: per_feature noise needs rows of features, got rows of shape "
+                    f"{tuple(x.shape[1:])}."
+                )
+            shapes[h.name] = (x.shape[1],)
+            continue
+        try:
+            shapes[h.name] = objective.arrangement(h.grain, x.shape[1])
+        except ValueError as error:
+            raise ValueError(f"param_distributions[{h.name!r}]: per_{h.grain}(...): {error}.") from error
+    return shapes

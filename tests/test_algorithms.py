@@ -17,7 +17,7 @@ from hypertune.algorithms import (
     joint,
     simplified,
 )
-from hypertune.hypernetworks import HYPERNETWORKS, Hypernetwork, Linear, ReluMLP
+from hypertune.hypernetworks import HYPERNETWORKS, Hypernetwork, Layout, Linear, ReluMLP
 from tests.ridge import Ridge
 
 
@@ -29,8 +29,8 @@ def ridge() -> Ridge:
 def test_the_hypergradient_is_exact_once_the_hypernetwork_holds_the_tangent(ridge: Ridge):
     """∇λ̂ L_Valid(w_φ(λ̂)) against central differences of L_Valid(w*(λ)), n = D, to 8 digits."""
     lam_hat = torch.linspace(-2.0, 1.0, ridge.D, dtype=torch.float64)
-    hypernetwork = Linear().build(ridge.best_response(lam_hat)[None], lam_hat.clone(), torch.arange(ridge.D))
-    hypernetwork.V.data[0] = ridge.tangent(lam_hat).T
+    hypernetwork = Linear().build(ridge.best_response(lam_hat)[None], lam_hat.clone(), Layout(torch.arange(ridge.D)))
+    hypernetwork.maps[0].V.data[0] = ridge.tangent(lam_hat).T
     exact = torch.stack([
         (ridge.valid_loss(ridge.best_response(lam_hat + h)) - ridge.valid_loss(ridge.best_response(lam_hat - h))) / 2e-5
         for h in 1e-5 * torch.eye(ridge.D, dtype=torch.float64)
@@ -50,8 +50,8 @@ def test_the_hypergradient_is_the_mean_over_folds():
             problem, "valid_loss", lambda w, x: torch.stack([r.valid_loss(w[k]) for k, r in enumerate(some)])
         )
         w0 = torch.stack([r.best_response(lam_hat) for r in some])
-        hypernetwork = Linear().build(w0, lam_hat.clone(), torch.arange(8))
-        hypernetwork.V.data.copy_(torch.stack([r.tangent(lam_hat).T for r in some]))
+        hypernetwork = Linear().build(w0, lam_hat.clone(), Layout(torch.arange(8)))
+        hypernetwork.maps[0].V.data.copy_(torch.stack([r.tangent(lam_hat).T for r in some]))
         moved = lam_hat.clone()
         next(descend_response(problem, hypernetwork, moved, torch.optim.SGD([moved], lr=0.0)))
         return moved.grad
@@ -64,9 +64,9 @@ def test_the_written_out_gradient_of_phi_is_autograd_s(ridge: Ridge, name: str):
     """One step of the plain optimizer (SGD) moves every part of φ by −α times what autograd says."""
     torch.manual_seed(0)
     hypernetwork = HYPERNETWORKS[name].build(
-        torch.randn(1, 8, dtype=torch.float64), torch.zeros(1, dtype=torch.float64), torch.arange(8) // 2
+        torch.randn(1, 8, dtype=torch.float64), torch.zeros(1, dtype=torch.float64), Layout(torch.arange(8) // 2)
     )
-    torch.nn.init.normal_(hypernetwork.V)
+    torch.nn.init.normal_(hypernetwork.maps[0].V)
     lam = torch.tensor([[-1.0], [0.3], [0.7]], dtype=torch.float64)
     loss = ridge.train_loss(hypernetwork(lam), lam).mean()
     expected = [p.detach() - 0.1 * g for p, g in zip(
@@ -83,23 +83,23 @@ def test_the_tangent_step_is_the_tangent_equation(ridge: Ridge):
     lam = lam_hat + torch.tensor([[1e-4], [-1e-4]], dtype=torch.float64)
     best, tangent = ridge.best_response(lam_hat), ridge.tangent(lam_hat)[:, 0]
     for V, expected in ((tangent, torch.zeros(8)), (torch.zeros(8), -lam_hat.exp() * best / 3)):
-        hypernetwork = Linear().build(best[None], lam_hat, torch.arange(8))
-        hypernetwork.V.data[0, 0] = V
+        hypernetwork = Linear().build(best[None], lam_hat, Layout(torch.arange(8)))
+        hypernetwork.maps[0].V.data[0, 0] = V
         w = hypernetwork(lam).detach().requires_grad_()
         (G,) = torch.autograd.grad(ridge.train_loss(w, lam).sum(), w)
         optimizer = TangentOptimizer(hypernetwork, torch.optim.SGD([hypernetwork.w0], lr=1.0))
         optimizer.step(hypernetwork.features(lam), G)
-        assert_close(hypernetwork.V[0, 0].detach() - V, expected.double(), rtol=1e-6, atol=1e-7)
+        assert_close(hypernetwork.maps[0].V[0, 0].detach() - V, expected.double(), rtol=1e-6, atol=1e-7)
 
 
 def test_shared_noise_between_the_signs_cancels_in_the_tangent(ridge: Ridge):
     """A gradient that all samples share says nothing about the response and leaves V alone."""
     lam_hat = torch.zeros(1, dtype=torch.float64)
-    hypernetwork = Linear().build(torch.zeros(1, 8, dtype=torch.float64), lam_hat, torch.arange(8))
+    hypernetwork = Linear().build(torch.zeros(1, 8, dtype=torch.float64), lam_hat, Layout(torch.arange(8)))
     optimizer = TangentOptimizer(hypernetwork, torch.optim.Adam([hypernetwork.w0], lr=0.1))
     clipped = torch.tensor([[0.5], [0.0]], dtype=torch.float64)  # a pair at a bound: one of the two stays inside
     optimizer.step(hypernetwork.features(clipped), torch.ones(1, 2, 8, dtype=torch.float64))
-    assert_close(hypernetwork.V.detach(), torch.zeros(1, 1, 8, dtype=torch.float64))
+    assert_close(hypernetwork.maps[0].V.detach(), torch.zeros(1, 1, 8, dtype=torch.float64))
 
 
 def _tune(ridge: Ridge, algorithm: str, name: str, steps: int = 3000) -> tuple[Tensor, Hypernetwork]:
@@ -107,7 +107,7 @@ def _tune(ridge: Ridge, algorithm: str, name: str, steps: int = 3000) -> tuple[T
     lam_hat = torch.tensor([-2.0], dtype=torch.float64)
     center = {"joint": lam_hat, "global": lam_hat.clone(), "simplified": lam_hat + 2.0}[algorithm]
     units = torch.zeros(ridge.D, dtype=torch.long)
-    hypernetwork = HYPERNETWORKS[name].build(torch.zeros(1, ridge.D, dtype=torch.float64), center, units)
+    hypernetwork = HYPERNETWORKS[name].build(torch.zeros(1, ridge.D, dtype=torch.float64), center, Layout(units))
     basis = list(hypernetwork.basis.parameters())
     weights = torch.optim.Adam([hypernetwork.w0], lr=0.02)
     phi = TangentOptimizer(hypernetwork, weights, torch.optim.Adam(basis, lr=0.02) if basis else None)
@@ -169,7 +169,9 @@ def test_theorem_2_1_an_mlp_hypernetwork_reaches_the_minimum_over_the_whole_supp
     """L_Train(w_φ(λ), λ) is within 0.5% of min_w L_Train(w, λ) for every λ of p(λ)'s support, U(−3, 2)."""
     torch.manual_seed(0)
     center = torch.zeros(1, dtype=torch.float64)
-    hypernetwork = ReluMLP(hidden=50).build(torch.zeros(1, ridge.D, dtype=torch.float64), center, torch.arange(8))
+    hypernetwork = ReluMLP(hidden=50).build(
+        torch.zeros(1, ridge.D, dtype=torch.float64), center, Layout(torch.arange(8))
+    )
     optimizer = torch.optim.Adam(hypernetwork.parameters(), lr=1e-2)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: max(0.0, 1 - t / 4000))
     g = torch.Generator().manual_seed(0)
@@ -188,7 +190,7 @@ def test_theorem_2_1_an_mlp_hypernetwork_reaches_the_minimum_over_the_whole_supp
 
 def test_lam_hat_waits_for_the_warmup_and_stays_in_its_box(ridge: Ridge):
     lam_hat = torch.tensor([-2.0], dtype=torch.float64)
-    hypernetwork = Linear().build(torch.zeros(1, 8, dtype=torch.float64), lam_hat, torch.arange(8))
+    hypernetwork = Linear().build(torch.zeros(1, 8, dtype=torch.float64), lam_hat, Layout(torch.arange(8)))
     phi = TangentOptimizer(hypernetwork, torch.optim.Adam([hypernetwork.w0], lr=0.1))
     run = joint(
         ridge.problem(low=-2.1, high=-1.9), hypernetwork, lam_hat, phi, torch.optim.SGD([lam_hat], lr=100.0),
@@ -204,7 +206,7 @@ def test_sigma_to_zero_is_algorithm_4(ridge: Ridge):
     paths = []
     for sigma in (None, 1e-7):
         lam_hat = torch.tensor([-2.0], dtype=torch.float64)
-        hypernetwork = Linear().build(torch.zeros(1, 8, dtype=torch.float64), lam_hat + 2.0, torch.arange(8))
+        hypernetwork = Linear().build(torch.zeros(1, 8, dtype=torch.float64), lam_hat + 2.0, Layout(torch.arange(8)))
         phi = PlainOptimizer(hypernetwork, torch.optim.SGD(hypernetwork.parameters(), lr=0.05))
         optimizer = torch.optim.SGD([lam_hat], lr=0.1)
         problem, g = ridge.problem(), torch.Generator().manual_seed(0)

@@ -179,7 +179,7 @@ def test_images_reach_the_factory_with_their_shape():
         (
             {"weight_decay": -1.0},
             ValueError,
-            r"'weight_decay' parameter of TorchClassifier must be .* in the range \[0.0, inf\]",
+            r"'weight_decay' parameter of TorchClassifier must be .* in the range \[0.0, inf\)",
         ),
         ({"label_smoothing": 1.5}, ValueError, r"'label_smoothing' .* in the range \[0.0, 1.0\]. Got 1.5"),
         ({"lr": 0.0}, ValueError, "'lr' parameter .* Got 0.0"),

@@ -187,7 +187,7 @@ def test_a_failing_candidate_gets_the_error_score(iris):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TorchClassifier, "fit", fit)
-        patch.setattr("hypertune.search._start", lambda space, current: {**current, "label_smoothing": 0.2})
+        patch.setattr("hypertune.search._start", lambda space, current: current + torch.tensor([0.0, 0.0, 2.0]))
         with pytest.warns(FitFailedWarning, match="3 fits failed out of a total of 6"):
             found = search(**make, error_score=-99.0, warmup=0.9).fit(*iris)
         assert found.cv_results_["mean_test_score"][1] == -99.0
@@ -578,7 +578,7 @@ def test_bad_spaces_are_refused_by_name(iris, space, message):
 @pytest.mark.parametrize(
     ("params", "error", "message"),
     [
-        ({"estimator": LogisticRegression()}, TypeError, "tunes a TorchClassifier or TorchRegressor.*got LogisticRegression"),
+        ({"estimator": LogisticRegression()}, TypeError, "tunes a TorchClassifier.*got LogisticRegression"),
         ({"algorithm": "unrolled"}, ValueError, "'algorithm' parameter of HyperTrainingSearchCV must be a str among .*'joint'.* Got 'unrolled'"),
         ({"hypernetwork": "lineal"}, ValueError, "'hypernetwork' .* Got 'lineal'"),
         ({"hypernetwork": 3}, ValueError, "'hypernetwork' .* implementing 'build'. Got 3"),
