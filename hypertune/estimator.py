@@ -28,16 +28,10 @@ from torch import Tensor, nn
 
 from hypertune.batches import Minibatches, Rows
 from hypertune.callbacks import CallbackSupportMixin, fit_task, with_callbacks
-from hypertune.factory import MLP
+from hypertune.factory import MLP, keywords_of, with_keywords
+from hypertune.losses import CLASSIFICATION_LOSSES, REGRESSION_LOSSES, Loss, as_loss
 from hypertune.modules import Reach
-from hypertune.objective import (
-    CLASSIFICATION_LOSSES,
-    LOSS_HYPERPARAMETERS,
-    REGRESSION_LOSSES,
-    Loss,
-    Objective,
-    as_loss,
-)
+from hypertune.objective import LOSS_HYPERPARAMETERS, Objective, arguments
 from hypertune.randomness import draw_seed, isolated
 
 _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -48,6 +42,7 @@ _LR_SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
     "constant": lambda progress: 1.0,
 }
+_OWNERS = ("module", "penalty", "augment")  # parameters whose own keywords are parameters
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _PREDICT_ROWS = 4096
 
@@ -119,6 +114,10 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
 
     module: Any
     criterion: Any
+    input_noise: Any
+    penalty: Any
+    augment: Any
+    inputs: Any
     optimizer: Any
     lr: float
     lr_schedule: str
@@ -133,6 +132,10 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
         "weight_decay": [Interval(Real, 0, None, closed="left"), Mapping],
         "l1": [Interval(Real, 0, None, closed="left"), Mapping],
         "input_noise": [Interval(Real, 0, None, closed="left"), "array-like"],
+        "mixup": [Interval(Real, 0, 1, closed="both")],
+        "penalty": [None, callable],
+        "augment": [None, callable],
+        "inputs": [None, Mapping],
         "optimizer": [StrOptions(set(_OPTIMIZERS)), callable],
         "lr": [Interval(Real, 0, None, closed="neither")],
         "lr_schedule": [StrOptions(set(_LR_SCHEDULES))],
@@ -218,6 +221,34 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
                 break
         return curve
 
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """Parameters by name; if ``deep``, also the keywords of ``module``, ``penalty`` and ``augment``.
+
+        A plain function's keywords are parameters too: ``penalty__strength`` for ``penalty=f`` and ``def f(w, strength=1.0)``.
+        """
+        params: dict[str, Any] = super().get_params(deep)
+        for owner in _OWNERS if deep else ():
+            params |= {f"{owner}__{k}": v for k, v in keywords_of(getattr(self, owner)).items()}
+        return params
+
+    def set_params(self, **params: Any) -> Self:
+        """Set parameters; a plain function whose keywords are set becomes a ``functools.partial`` of it."""
+        whole = {
+            name: value for name, value in params.items() if name.partition("__")[0] not in _OWNERS or name in _OWNERS
+        }
+        super().set_params(**whole)
+        rest = {name: value for name, value in params.items() if name not in whole}
+        for owner in _OWNERS:
+            keywords = {k.removeprefix(f"{owner}__"): v for k, v in rest.items() if k.startswith(f"{owner}__")}
+            if not keywords:
+                continue
+            function = getattr(self, owner)
+            if hasattr(function, "set_params"):
+                function.set_params(**keywords)
+            else:
+                setattr(self, owner, with_keywords(owner, function, keywords))
+        return self
+
     def __sklearn_clone__(self) -> Self:
         copy = super().__sklearn_clone__()
         if "_responses" in vars(self):
@@ -234,6 +265,7 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
         self._validate_params()
         X, y = validate_data(self, X, y, **self._checks)
         self._row_shape = X.shape[1:]
+        self._columns = self._find_columns()
         self._check_arrays()
         weight = None
         if sample_weight is not None:
@@ -251,6 +283,27 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
         X, y = validate_data(self, X, y, **self._checks, reset=False)
         weight = None if sample_weight is None else self._tensor(_check_sample_weight(sample_weight, X))
         return Rows(self._tensor(X), self._encode_targets(y), weight)
+
+    def _find_columns(self) -> dict[str, Tensor] | None:
+        """``inputs`` as numbers of columns."""
+        if self.inputs is None:
+            return None
+        if len(self._row_shape) != 1 or not self.inputs:
+            raise ValueError(f"inputs={self.inputs!r} needs X with columns, and a name for at least one group of them.")
+        names = list(getattr(self, "feature_names_in_", ()))
+        found = {}
+        for argument, columns in self.inputs.items():
+            if isinstance(columns, (str, Integral)):
+                raise ValueError(
+                    f"inputs[{argument!r}] must be a list of columns, got {columns!r}; write [{columns!r}]."
+                )
+            numbers = [names.index(column) if column in names else column for column in columns]
+            for column in numbers:
+                if not isinstance(column, (int, np.integer)) or not 0 <= column < self._row_shape[0]:
+                    known = names or f"numbers from 0 to {self._row_shape[0] - 1}"
+                    raise ValueError(f"inputs[{argument!r}]: X has no column {column!r}; it has {known}.")
+            found[argument] = torch.tensor(numbers, dtype=torch.long, device=self.device)
+        return found
 
     def _check_arrays(self) -> None:
         """Refuse negative strengths, and noise that is not one number for each feature."""
@@ -275,7 +328,9 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
                 f"{type(self).__name__}(module={self.module!r}): expected a factory (n_features_in, n_outputs) -> nn.Module, "
                 "such as MLP() or model_factory(function); a built module cannot be trained afresh for every fold."
             )
-        n_features_in = self.n_features_in_ if len(self._row_shape) == 1 else self._row_shape
+        n_features_in: Any = self.n_features_in_ if len(self._row_shape) == 1 else self._row_shape
+        if self._columns is not None:
+            n_features_in = {name: len(columns) for name, columns in self._columns.items()}
         module = factory(n_features_in, self.n_outputs_)
         if not isinstance(module, nn.Module):
             raise TypeError(f"The factory {self.module!r} returned {type(module).__name__}, not a torch.nn.Module.")
@@ -287,7 +342,16 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
         self, module: nn.Module, *, reach: Mapping[str, list[Reach]] | None = None, folds: int = 1
     ) -> Objective:
         loss = as_loss(self.criterion, self._losses)
-        return Objective(module, loss, fixed=self._loss_values(), reach=reach, folds=folds)
+        return Objective(
+            module,
+            loss,
+            fixed=self._loss_values(),
+            reach=reach,
+            penalty=self.penalty,
+            augment=self.augment,
+            inputs=self._columns,
+            folds=folds,
+        )
 
     def _make_optimizer(
         self, params: list[nn.Parameter], steps: int
@@ -332,7 +396,10 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
         check_is_fitted(self, "module_")
         X = validate_data(self, X, dtype="numeric", allow_nd=True, reset=False)
         with torch.no_grad():
-            parts = [self.module_(self._tensor(X[i : i + _PREDICT_ROWS])) for i in range(0, len(X), _PREDICT_ROWS)]
+            parts = []
+            for i in range(0, len(X), _PREDICT_ROWS):
+                args, kwargs = arguments(self._tensor(X[i : i + _PREDICT_ROWS]), self._columns)
+                parts.append(self.module_(*args, **kwargs))
         return torch.cat(parts).cpu().double().numpy()
 
     def _learn_targets(self, y: np.ndarray, sample_weight: np.ndarray | None, all_y: Any) -> None:
@@ -369,6 +436,18 @@ class TorchClassifier(ClassifierMixin, TorchEstimator):
         Standard deviation of Gaussian noise added to the inputs in training.
     label_smoothing : float, default=0.0
         Probability mass of the target that is spread evenly over the classes, in [0, 1].
+    mixup : float, default=0.0
+        Strength of mixup (Zhang et al. 2018), in [0, 1]: in each minibatch, rows and their losses are mixed with those of other
+        rows, whose share is uniform between 0 and mixup/2.
+    penalty : callable ``(weights, **hyperparameters) -> scalar``, default=None
+        Added to the training loss; ``weights`` is a dict from names of the module's parameters to tensors. Keywords with a
+        default are parameters, ``penalty__…``.
+    augment : callable ``(x, generator, **hyperparameters) -> x``, default=None
+        Applied to the rows x (B, ...) of every training minibatch, with all randomness out of the ``torch.Generator``.
+        Keywords with a default are parameters, ``augment__…``.
+    inputs : dict from str to list, default=None
+        For modules of several inputs: for each argument of their ``forward`` the names or numbers of its columns of X. The
+        factory then gets a dict of their widths as n_features_in.
     optimizer : {"adam", "sgd"} or callable, default="adam"
         "sgd" has momentum 0.9. A callable gets (params, lr=...) and returns a torch optimizer.
     lr : float, default=3e-3
@@ -420,10 +499,14 @@ class TorchClassifier(ClassifierMixin, TorchEstimator):
         module: Any = None,
         *,
         criterion: Any = "cross_entropy",
-        weight_decay: float = 0.0,
-        l1: float = 0.0,
-        input_noise: float = 0.0,
+        weight_decay: Any = 0.0,
+        l1: Any = 0.0,
+        input_noise: Any = 0.0,
         label_smoothing: float = 0.0,
+        mixup: float = 0.0,
+        penalty: Any = None,
+        augment: Any = None,
+        inputs: Mapping[str, Sequence[Any]] | None = None,
         optimizer: Any = "adam",
         lr: float = 3e-3,
         lr_schedule: str = "cosine",
@@ -440,6 +523,10 @@ class TorchClassifier(ClassifierMixin, TorchEstimator):
         self.l1 = l1
         self.input_noise = input_noise
         self.label_smoothing = label_smoothing
+        self.mixup = mixup
+        self.penalty = penalty
+        self.augment = augment
+        self.inputs = inputs
         self.optimizer = optimizer
         self.lr = lr
         self.lr_schedule = lr_schedule
@@ -501,7 +588,8 @@ class TorchRegressor(RegressorMixin, TorchEstimator):
     criterion : {"squared_error", "absolute_error"} or callable, default="squared_error"
         Loss, mean over outputs and rows. A callable or a loss class such as ``torch.nn.HuberLoss`` gets outputs and
         targets, both (B, n_outputs).
-    weight_decay, l1, input_noise : default=0.0
+    weight_decay, l1, input_noise, mixup : default=0.0
+    penalty, augment, inputs : default=None
         As in :class:`TorchClassifier`.
     optimizer : {"adam", "sgd"} or callable, default="adam"
         "sgd" has momentum 0.9. A callable gets (params, lr=...) and returns a torch optimizer.
@@ -551,9 +639,13 @@ class TorchRegressor(RegressorMixin, TorchEstimator):
         module: Any = None,
         *,
         criterion: Any = "squared_error",
-        weight_decay: float = 0.0,
-        l1: float = 0.0,
-        input_noise: float = 0.0,
+        weight_decay: Any = 0.0,
+        l1: Any = 0.0,
+        input_noise: Any = 0.0,
+        mixup: float = 0.0,
+        penalty: Any = None,
+        augment: Any = None,
+        inputs: Mapping[str, Sequence[Any]] | None = None,
         optimizer: Any = "adam",
         lr: float = 3e-3,
         lr_schedule: str = "cosine",
@@ -569,6 +661,10 @@ class TorchRegressor(RegressorMixin, TorchEstimator):
         self.weight_decay = weight_decay
         self.l1 = l1
         self.input_noise = input_noise
+        self.mixup = mixup
+        self.penalty = penalty
+        self.augment = augment
+        self.inputs = inputs
         self.optimizer = optimizer
         self.lr = lr
         self.lr_schedule = lr_schedule

@@ -17,6 +17,7 @@ Linear(in_features=4, out_features=16, bias=True)
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import inspect
 import sys
@@ -155,6 +156,26 @@ def _keyword_defaults(function: Callable[..., nn.Module]) -> dict[str, Any]:
     if missing := [p.name for p in keywords if p.default is p.empty]:
         raise TypeError(f"{_name(function)}: the keywords {missing} need a default value.")
     return {p.name: p.default for p in keywords}
+
+
+def keywords_of(function: Any) -> dict[str, Any]:
+    """The keywords of a plain function (or ``functools.partial`` of one) that have a value, and their values."""
+    if function is None or hasattr(function, "get_params"):
+        return {}
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return {}
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+def with_keywords(name: str, function: Any, keywords: dict[str, Any]) -> Any:
+    """The function with other values of its keywords; raises ValueError for one that it does not have."""
+    if unknown := sorted(keywords.keys() - (known := keywords_of(function)).keys()):
+        raise ValueError(
+            f"Invalid parameter {unknown[0]!r} for {name}={function!r}. Valid parameters are: {sorted(known)}."
+        )
+    return functools.partial(function, **keywords)
 
 
 def _name(function: Callable[..., Any]) -> str:

@@ -3,7 +3,8 @@
 ``M`` models share one module and one pass: weights are a matrix (M, D), and hyperparameters are tensors (M,), so
 that every model has its own weights *and* its own weight decay, dropout rate, ... The training loss of one model is
 
-    mean over rows of  s · ℓ(f_w(x + noise · ε), smoothed y)  +  ½ · weight_decay · ‖w‖²  +  l1 · ‖w‖₁
+    mean over rows of  s · ℓ(f_w(x̃), smoothed y)  +  ½ · weight_decay · ‖w‖²  +  l1 · ‖w‖₁  +  the user's penalty(w)
+    x̃ = augment(x) + input_noise · ε,  mixed with another row of the minibatch: (1 − share) x̃ + share x̃′, share ≤ mixup/2
 
 where ‖·‖ runs over the weights of two or more dimensions (biases are free), as it does in
 ``torch.optim.SGD(weight_decay=...)`` with the biases left out. Each of those weights may have its own weight decay and l1,
@@ -12,6 +13,7 @@ noise, dropout or smoothing.
 
 >>> import torch
 >>> from torch import nn
+>>> from hypertune.losses import cross_entropy
 >>> objective = Objective(nn.Linear(3, 2), cross_entropy)
 >>> w = objective.initial_weights()
 >>> batch = Batch(torch.zeros(1, 5, 3), torch.zeros(1, 5, dtype=torch.long))
@@ -21,24 +23,20 @@ noise, dropout or smoothing.
 
 from __future__ import annotations
 
-import inspect
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from hypertune.batches import Batch
+from hypertune.losses import CustomLoss, Loss
 from hypertune.modules import Reach, Value, is_zero, with_tensor_dropout
-
-Loss = Callable[[Tensor, Tensor, Value], Tensor]
 
 # Hyperparameters of the loss itself, with the interval in which each has a meaning.
 LOSS_HYPERPARAMETERS: dict[str, tuple[float, float]] = {
@@ -46,69 +44,8 @@ LOSS_HYPERPARAMETERS: dict[str, tuple[float, float]] = {
     "l1": (0.0, math.inf),
     "input_noise": (0.0, math.inf),
     "label_smoothing": (0.0, 1.0),
+    "mixup": (0.0, 1.0),
 }
-
-
-# --- per-row losses: (outputs, targets, label smoothing) -> one number per row; smoothing broadcasts over rows --------
-
-
-def cross_entropy(outputs: Tensor, y: Tensor, smoothing: Value = 0.0) -> Tensor:
-    """Cross-entropy in nats; outputs (..., B, C), class numbers y (..., B) → (..., B)."""
-    log_p = F.log_softmax(outputs, dim=-1)
-    nll = -log_p.gather(-1, y[..., None])[..., 0]
-    if is_zero(smoothing):
-        return nll
-    return (1 - smoothing) * nll - smoothing * log_p.mean(dim=-1)
-
-
-def one_hot_squared_error(outputs: Tensor, y: Tensor, smoothing: Value = 0.0) -> Tensor:
-    """Squared error against one-hot targets, mean over the C outputs; (..., B, C), (..., B) → (..., B)."""
-    classes = outputs.shape[-1]
-    target = F.one_hot(y, classes).to(outputs.dtype)
-    if not is_zero(smoothing):
-        smoothing = smoothing[..., None] if isinstance(smoothing, Tensor) else smoothing
-        target = (1 - smoothing) * target + smoothing / classes
-    return (outputs - target).square().mean(dim=-1)
-
-
-def squared_error(outputs: Tensor, y: Tensor, smoothing: Value = 0.0) -> Tensor:
-    """Squared error, mean over outputs; (..., B, outputs) twice → (..., B)."""
-    return (outputs - y).square().mean(dim=-1)
-
-
-def absolute_error(outputs: Tensor, y: Tensor, smoothing: Value = 0.0) -> Tensor:
-    """Absolute error, mean over outputs; (..., B, outputs) twice → (..., B)."""
-    return (outputs - y).abs().mean(dim=-1)
-
-
-CLASSIFICATION_LOSSES: dict[str, Loss] = {
-    "cross_entropy": cross_entropy,
-    "squared_error": one_hot_squared_error,
-}
-REGRESSION_LOSSES: dict[str, Loss] = {"squared_error": squared_error, "absolute_error": absolute_error}
-
-
-@dataclass(frozen=True)
-class CustomLoss:
-    """A user's ``criterion(outputs, targets)`` as a per-row loss.
-
-    A criterion that returns one number per row is used as it is; one that returns the batch mean is repeated over the
-    rows, which is the same training loss as long as rows carry no weights.
-    """
-
-    criterion: Callable[[Tensor, Tensor], Tensor]
-
-    def __call__(self, outputs: Tensor, y: Tensor, smoothing: Value = 0.0) -> Tensor:
-        if not is_zero(smoothing):
-            raise ValueError("label_smoothing needs criterion='cross_entropy' or 'squared_error', not a callable.")
-        loss = self.criterion(outputs, y)
-        rows = y.shape[0]
-        if loss.shape not in ((), (rows,)):
-            raise ValueError(
-                f"criterion {self.criterion!r} returned shape {tuple(loss.shape)} for {rows} rows; "
-                f"return one number per row, shape ({rows},), or their mean."
-            )
-        return loss.expand(rows)
 
 
 # --- the objective ---------------------------------------------------------------------------------------------------
@@ -122,12 +59,20 @@ class Objective:
     module : nn.Module
         Copied, never changed. Parameters with ``requires_grad=False`` stay as they are and are not part of w.
     loss : callable ``(outputs, targets, smoothing) -> per-row loss``
-        See :data:`CLASSIFICATION_LOSSES`, :data:`REGRESSION_LOSSES` and :class:`CustomLoss`.
+        See :mod:`hypertune.losses`.
     fixed : mapping from str to value, optional
         Values of the hyperparameters of the loss that are not tuned; zero if absent. Those of the penalties may be dicts from
         parameter name to a number or an array that broadcasts to the parameter.
     reach : mapping from str to list of Reach, optional
         For every tuned factory keyword, the numbers in the module that it sets.
+    penalty : callable ``(weights, **hyperparameters) -> scalar``, optional
+        Added to the training loss. ``weights`` is a dict from parameter name to tensor; the hyperparameters that are tuned
+        arrive as tensors of no dimension.
+    augment : callable ``(x, generator, **hyperparameters) -> x``, optional
+        Applied to the rows of a training minibatch, (B, ...) → (B, ...). Draws from ``generator`` alone, so that models which
+        differ in their hyperparameters share the noise; these arrive as floats.
+    inputs : mapping from str to Tensor, optional
+        For each argument of the module's forward the numbers of its columns of x. Without it x is the one argument.
     folds : int, default=1
         K: the M models of a pass are K folds times M/K weights each. Buffers (running statistics) are kept per fold.
 
@@ -149,10 +94,14 @@ class Objective:
         *,
         fixed: Mapping[str, Any] | None = None,
         reach: Mapping[str, list[Reach]] | None = None,
+        penalty: Callable[..., Tensor] | None = None,
+        augment: Callable[..., Tensor] | None = None,
+        inputs: Mapping[str, Tensor] | None = None,
         folds: int = 1,
         penalise_biases: bool = False,
     ):
         self.loss = loss
+        self.penalty, self.augment, self.inputs = penalty, augment, inputs
         self.reach = dict(reach or {})
         self.stacked = True
         self._modules = {training: with_tensor_dropout(module).train(training) for training in (True, False)}
@@ -288,19 +237,54 @@ class Objective:
             Mean over the B rows, plus the penalties.
         """
         values = {**self.fixed, **values}
-        x = batch.x
+        x, smoothing, mixup = batch.x, values.get("label_smoothing", 0.0), values.get("mixup", 0.0)
+        if self.augment is not None:
+            x = self._augmented(x, _keywords("augment__", values))
         noise = values.get("input_noise", 0.0)
         if not is_zero(noise):
             # One draw for all models: common random numbers.
             x = x + _rowwise(noise, x) * torch.randn(x.shape[1:], dtype=x.dtype, device=x.device)
-        outputs = self._outputs(w, x, values, training=True)
-        loss = self._mean_loss(outputs, batch, values.get("label_smoothing", 0.0))
+        if is_zero(mixup):
+            loss = self._mean_loss(self._outputs(w, x, values, training=True), batch, smoothing)
+        else:  # Zhang et al. (2018), with a uniform share instead of a Beta: 0 is none, and neighbours share the draw
+            other = torch.randperm(x.shape[1], device=x.device)
+            share = 0.5 * mixup * torch.rand((), dtype=x.dtype, device=x.device)
+            x = torch.lerp(x, x[:, other], _rowwise(share, x))
+            outputs = self._outputs(w, x, values, training=True)
+            mixed_in = self._mean_loss(outputs, batch._replace(y=batch.y[:, other]), smoothing)
+            loss = (1 - share) * self._mean_loss(outputs, batch, smoothing) + share * mixed_in
         weight_decay, l1 = values.get("weight_decay", 0.0), values.get("l1", 0.0)
         if not is_zero(weight_decay):
             loss = loss + 0.5 * self._penalty(weight_decay, w * w)
         if not is_zero(l1):
             loss = loss + self._penalty(l1, w.abs())
+        if self.penalty is not None:
+            loss = loss + self._own_penalty(w, _keywords("penalty__", values))
         return loss
+
+    def _own_penalty(self, w: Tensor, keywords: Mapping[str, Value]) -> Tensor:
+        penalties = []
+        for i in range(len(w)):
+            own = self.penalty({k: p[i] for k, p in self.named(w).items()}, **_ith(keywords, i))  # type: ignore[misc]
+            if not isinstance(own, Tensor) or own.dim() != 0:
+                got = f"shape {tuple(own.shape)}" if isinstance(own, Tensor) else type(own).__name__
+                raise ValueError(f"penalty {self.penalty!r} returned {got}; return one number, a tensor of shape ().")
+            penalties.append(own)
+        return torch.stack(penalties)
+
+    def _augmented(self, x: Tensor, keywords: Mapping[str, Value]) -> Tensor:
+        seed, generator = int(torch.randint(2**31, ())), torch.Generator(x.device)
+        augmented = []
+        for i, rows in enumerate(x):
+            generator.manual_seed(seed)  # the same draws for every model
+            own = self.augment(rows, generator, **{k: float(v) for k, v in _ith(keywords, i).items()})  # type: ignore[misc]
+            if not isinstance(own, Tensor) or own.shape[:1] != rows.shape[:1]:
+                got = f"shape {tuple(own.shape)}" if isinstance(own, Tensor) else type(own).__name__
+                raise ValueError(
+                    f"augment {self.augment!r} returned {got} for rows of shape {tuple(rows.shape)}; return as many rows."
+                )
+            augmented.append(own)
+        return torch.stack(augmented).to(x.dtype)
 
     def _penalty(self, strength: Value, powers: Tensor) -> Tensor:
         """Σ over penalised weights of strength · power, (M,); the strength is one per model or one per weight."""
@@ -385,17 +369,27 @@ class Objective:
                     sub = module.get_submodule(path)
                     changed.append((sub, name, getattr(sub, name)))
                     setattr(sub, name, a + b * rate)
-            return functional_call(module, {**named, **self._constants, **self._buffers[fold]}, (x,), strict=True)
+            args, kwargs = arguments(x, self.inputs)
+            state = {**named, **self._constants, **self._buffers[fold]}
+            return functional_call(module, state, args, kwargs, strict=True)
         finally:  # leave no tensor of a vmapped pass behind
             for sub, name, value in reversed(changed):
                 setattr(sub, name, value)
 
 
-def as_loss(criterion: Any, losses: Mapping[str, Loss]) -> Loss:
-    """The per-row loss for ``criterion=``: a name out of ``losses``, a callable, or a class such as ``nn.HuberLoss``."""
-    if isinstance(criterion, str):
-        return losses[criterion]
-    return CustomLoss(criterion() if inspect.isclass(criterion) else criterion)  # type: ignore[arg-type]
+def arguments(x: Tensor, inputs: Mapping[str, Tensor] | None) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """What the module's forward is called with for rows x (B, ...)."""
+    if inputs is None:
+        return (x,), {}
+    return (), {name: x[:, columns] for name, columns in inputs.items()}
+
+
+def _keywords(prefix: str, values: Mapping[str, Value]) -> dict[str, Value]:
+    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+
+
+def _ith(values: Mapping[str, Value], i: int) -> dict[str, Value]:
+    return {name: value[i] if isinstance(value, Tensor) else value for name, value in values.items()}
 
 
 def _rowwise(value: Value, x: Tensor) -> Value:

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 from hypertune.batches import Rows
 from hypertune.estimator import scheduled
+from hypertune.losses import CustomLoss, cross_entropy
 from hypertune.modules import Reach
-from hypertune.objective import CustomLoss, Objective, cross_entropy
+from hypertune.objective import Objective
 from hypertune.randomness import isolated
 
 _OWN_LOSSES = {cls.get_loss for cls in (NeuralNet, NeuralNetClassifier, NeuralNetBinaryClassifier)}

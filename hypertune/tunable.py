@@ -37,14 +37,14 @@ def check_names(net: Net, space: Space, prefix: str) -> None:
                 f"{where}: per_{h.grain}(...) needs something that has such a shape: weight_decay or l1 of a TorchClassifier or "
                 "TorchRegressor (per_feature also input_noise). This one is a single number."
             )
-        if own.startswith("module__"):
+        if own.startswith(("module__", "penalty__", "augment__")):
             continue
         if own not in net.loss_names:
             raise ValueError(
                 f"{where}: {own!r} does not change the loss that training minimises, so there is no gradient to follow "
                 "(Lorraine & Duvenaud 2018, section 2.2). Set it on the estimator, or give it to an outer search "
-                f"(OptunaSearchCV, GridSearchCV). By gradient: {sorted(net.loss_names)} and the dropout rates "
-                "among module__…."
+                f"(OptunaSearchCV, GridSearchCV). By gradient: {sorted(net.loss_names)}, the keywords of "
+                "penalty and augment, and the dropout rates among module__…."
             )
         if reason := net._why_not(own):
             raise ValueError(f"{where}: {reason}.")

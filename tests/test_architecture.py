@@ -15,10 +15,11 @@ ROOMS = {  # room -> the rooms it may import from
     "modules": set(),
     "batches": set(),
     "hypernetworks": set(),
-    "objective": {"batches", "modules"},
+    "losses": {"modules"},
+    "objective": {"batches", "losses", "modules"},
     "algorithms": {"hypernetworks"},
-    "estimator": {"batches", "callbacks", "factory", "modules", "objective", "randomness"},
-    "skorch": {"batches", "estimator", "modules", "objective", "randomness"},
+    "estimator": {"batches", "callbacks", "factory", "losses", "modules", "objective", "randomness"},
+    "skorch": {"batches", "estimator", "losses", "modules", "objective", "randomness"},
     "response": {"algorithms", "batches", "estimator", "hypernetworks", "objective", "randomness", "space"},
     "tunable": {"estimator", "modules", "objective", "randomness", "space"},
     "training": {
@@ -66,7 +67,7 @@ def test_imports_go_only_leftwards():
 
 
 def test_the_mathematics_knows_no_scikit_learn():
-    for room in ("space", "modules", "batches", "hypernetworks", "objective", "algorithms"):
+    for room in ("space", "modules", "losses", "batches", "hypernetworks", "objective", "algorithms"):
         assert not [name for name in _imports(PACKAGE / f"{room}.py") if name.startswith(("sklearn", "joblib"))], room
 
 

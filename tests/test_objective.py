@@ -7,8 +7,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from hypertune.batches import Batch, Minibatches, Rows
+from hypertune.losses import CustomLoss, cross_entropy, one_hot_squared_error, squared_error
 from hypertune.modules import find_reach
-from hypertune.objective import CustomLoss, Objective, cross_entropy, one_hot_squared_error, squared_error
+from hypertune.objective import Objective
 
 
 def _net(dropout: float = 0.0) -> nn.Module:

@@ -1,0 +1,86 @@
+"""Losses of single rows, which take a label smoothing that may be a tensor: (outputs, targets, smoothing) → one number per row.
+
+>>> import torch
+>>> cross_entropy(torch.zeros(2, 3), torch.tensor([0, 1])).shape
+torch.Size([2])
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from hypertune.modules import Value, is_zero
+
+Loss = Callable[[Tensor, Tensor, Value], Tensor]
+
+
+def cross_entropy(outputs: Tensor, y: Tensor, smoothing: Value = 0.0) -> Tensor:
+    """Cross-entropy in nats; outputs (..., B, C), class numbers y (..., B) → (..., B)."""
+    log_p = F.log_softmax(outputs, dim=-1)
+    nll = -log_p.gather(-1, y[..., None])[..., 0]
+    if is_zero(smoothing):
+        return nll
+    return (1 - smoothing) * nll - smoothing * log_p.mean(dim=-1)
+
+
+def one_hot_squared_error(outputs: Tensor, y: Tensor, smoothing: Value = 0.0) -> Tensor:
+    """Squared error against one-hot targets, mean over the C outputs; (..., B, C), (..., B) → (..., B)."""
+    classes = outputs.shape[-1]
+    target = F.one_hot(y, classes).to(outputs.dtype)
+    if not is_zero(smoothing):
+        smoothing = smoothing[..., None] if isinstance(smoothing, Tensor) else smoothing
+        target = (1 - smoothing) * target + smoothing / classes
+    return (outputs - target).square().mean(dim=-1)
+
+
+def squared_error(outputs: Tensor, y: Tensor, smoothing: Value = 0.0) -> Tensor:
+    """Squared error, mean over outputs; (..., B, outputs) twice → (..., B)."""
+    return (outputs - y).square().mean(dim=-1)
+
+
+def absolute_error(outputs: Tensor, y: Tensor, smoothing: Value = 0.0) -> Tensor:
+    """Absolute error, mean over outputs; (..., B, outputs) twice → (..., B)."""
+    return (outputs - y).abs().mean(dim=-1)
+
+
+CLASSIFICATION_LOSSES: dict[str, Loss] = {
+    "cross_entropy": cross_entropy,
+    "squared_error": one_hot_squared_error,
+}
+REGRESSION_LOSSES: dict[str, Loss] = {"squared_error": squared_error, "absolute_error": absolute_error}
+
+
+@dataclass(frozen=True)
+class CustomLoss:
+    """A user's ``criterion(outputs, targets)`` as a per-row loss.
+
+    A criterion that returns one number per row is used as it is; one that returns the batch mean is repeated over the
+    rows, which is the same training loss as long as rows carry no weights.
+    """
+
+    criterion: Callable[[Tensor, Tensor], Tensor]
+
+    def __call__(self, outputs: Tensor, y: Tensor, smoothing: Value = 0.0) -> Tensor:
+        if not is_zero(smoothing):
+            raise ValueError("label_smoothing needs criterion='cross_entropy' or 'squared_error', not a callable.")
+        loss = self.criterion(outputs, y)
+        rows = y.shape[0]
+        if loss.shape not in ((), (rows,)):
+            raise ValueError(
+                f"criterion {self.criterion!r} returned shape {tuple(loss.shape)} for {rows} rows; "
+                f"return one number per row, shape ({rows},), or their mean."
+            )
+        return loss.expand(rows)
+
+
+def as_loss(criterion: Any, losses: Mapping[str, Loss]) -> Loss:
+    """The per-row loss for ``criterion=``: a name out of ``losses``, a callable, or a class such as ``nn.HuberLoss``."""
+    if isinstance(criterion, str):
+        return losses[criterion]
+    return CustomLoss(criterion() if inspect.isclass(criterion) else criterion)  # type: ignore[arg-type]
