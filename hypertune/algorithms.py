@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hypertune.hypernetworks import Hypernetwork
 
@@ -69,6 +69,8 @@ class Step:
 class ResponseOptimizer(Protocol):
     """Line 4 of the algorithms: φ ← φ − α ∇_φ L_Train(w_φ(λ), λ, x), given ∂L/∂w at the m sampled weights."""
 
+    weight_optimizer: torch.optim.Optimizer
+
     def step(self, features: Tensor, G: Tensor) -> None:
         """Move φ; features (K, m, r) of the sampled λ, G (K, m, D) = ∂L_Train/∂w there."""
         ...
@@ -84,11 +86,12 @@ def joint(
     phi_optimizer: ResponseOptimizer,
     lam_optimizer: torch.optim.Optimizer,
     *,
-    sigma: float,
+    sigma: float | Tensor,
     m: int = 2,
     warmup: int = 0,
     every: int = 1,
     generator: torch.Generator,
+    adjoint: Adjoint | None = None,
 ) -> Iterator[Step]:
     """Algorithm 3: hypernetwork and λ̂ together, λ ~ N(λ̂, σ²I).
 
@@ -101,7 +104,7 @@ def joint(
     phi_optimizer : ResponseOptimizer
     lam_optimizer : torch.optim.Optimizer
         Holds ``lam_hat``.
-    sigma : float
+    sigma : float or Tensor of shape (n,)
         Standard deviation of p(λ | λ̂), in units of λ.
     m : int, default=2
         Sampled λ per minibatch. An even number is drawn in antithetic pairs λ̂ ± σε on the same minibatch and noise.
@@ -111,6 +114,8 @@ def joint(
         λ̂ moves at one step in this many.
     generator : torch.Generator
         Draws ε.
+    adjoint : Adjoint, optional
+        Gives the hypergradient of the coordinates that the hypernetwork leaves to it.
 
     Yields
     ------
@@ -123,7 +128,9 @@ def joint(
         train = _descend_phi(problem, hypernetwork, phi_optimizer, lam)  # φ ← φ − α ∇_φ L_Train(w_φ(λ), λ, x)
         valid = None
         if number > warmup and number % every == 0:
-            valid = _descend_lam(problem, hypernetwork, lam_hat, lam_optimizer)  # λ̂ ← λ̂ − β ∇_λ̂ L_Valid(w_φ(λ̂), x)
+            valid = _descend_lam(
+                problem, hypernetwork, lam_hat, lam_optimizer, adjoint
+            )  # λ̂ ← λ̂ − β ∇_λ̂ L_Valid(w_φ(λ̂), x)
         yield Step(number, train, valid)
 
 
@@ -136,6 +143,7 @@ def simplified(
     *,
     warmup: int = 0,
     every: int = 1,
+    adjoint: Adjoint | None = None,
 ) -> Iterator[Step]:
     """Algorithm 4: no sampling; the movement of λ̂ is all that the hypernetwork sees of other λ.
 
@@ -150,7 +158,9 @@ def simplified(
         )  # φ ← φ − α ∇_φ L_Train(w_φ(λ̂), λ̂, x)
         valid = None
         if number > warmup and number % every == 0:
-            valid = _descend_lam(problem, hypernetwork, lam_hat, lam_optimizer)  # λ̂ ← λ̂ − β ∇_λ̂ L_Valid(w_φ(λ̂), x)
+            valid = _descend_lam(
+                problem, hypernetwork, lam_hat, lam_optimizer, adjoint
+            )  # λ̂ ← λ̂ − β ∇_λ̂ L_Valid(w_φ(λ̂), x)
         yield Step(number, train, valid)
 
 
@@ -181,19 +191,25 @@ def fit_response(
 
 
 def descend_response(
-    problem: Problem, hypernetwork: Hypernetwork, lam_hat: Tensor, lam_optimizer: torch.optim.Optimizer
+    problem: Problem,
+    hypernetwork: Hypernetwork,
+    lam_hat: Tensor,
+    lam_optimizer: torch.optim.Optimizer,
+    *,
+    adjoint: Adjoint | None = None,
 ) -> Iterator[Step]:
     """Algorithm 2, second loop: descend L_Valid(w_φ(λ̂), x) with φ fixed."""
     number = 0
     while True:
         number += 1
-        yield Step(number, None, _descend_lam(problem, hypernetwork, lam_hat, lam_optimizer))  # λ̂ ← λ̂ − β ∇_λ̂ L_Valid
+        valid = _descend_lam(problem, hypernetwork, lam_hat, lam_optimizer, adjoint)  # λ̂ ← λ̂ − β ∇_λ̂ L_Valid
+        yield Step(number, None, valid)
 
 
 # --- their lines ----------------------------------------------------------------------------------------------------
 
 
-def _neighbours(lam_hat: Tensor, sigma: float, m: int, generator: torch.Generator) -> Tensor:
+def _neighbours(lam_hat: Tensor, sigma: float | Tensor, m: int, generator: torch.Generator) -> Tensor:
     """m draws from N(λ̂, σ²I), as pairs λ̂ ± σε if m is even."""
     pairs = m if m % 2 else m // 2
     epsilon = torch.randn(pairs, len(lam_hat), generator=generator, dtype=lam_hat.dtype).to(lam_hat.device)
@@ -222,7 +238,11 @@ def _descend_phi(problem: Problem, hypernetwork: Hypernetwork, phi_optimizer: Re
 
 
 def _descend_lam(
-    problem: Problem, hypernetwork: Hypernetwork, lam_hat: Tensor, lam_optimizer: torch.optim.Optimizer
+    problem: Problem,
+    hypernetwork: Hypernetwork,
+    lam_hat: Tensor,
+    lam_optimizer: torch.optim.Optimizer,
+    adjoint: Adjoint | None,
 ) -> Tensor:
     lam = lam_hat.detach().requires_grad_()
     features = hypernetwork.features(lam[None])
@@ -230,10 +250,78 @@ def _descend_lam(
     loss = problem.valid_loss(w, next(problem.valid_batches))
     (G,) = torch.autograd.grad(loss.mean(), w)
     (lam_hat.grad,) = torch.autograd.grad(features, lam, hypernetwork.pull_back(features, G))
+    if adjoint is not None:
+        own = adjoint.hypergradient(problem, w.detach(), lam_hat.detach(), G)
+        lam_hat.grad = torch.where(adjoint.coordinates, own, lam_hat.grad)
     lam_optimizer.step()
     with torch.no_grad():
         lam_hat.copy_(_inside(lam_hat, problem))
     return loss.detach().mean()
+
+
+# --- the adjoint ------------------------------------------------------------------------------------------------------
+
+
+class Adjoint:
+    """The hypergradient of very many coordinates that act through the training loss alone, at the cost of one more copy of w.
+
+    By the implicit function theorem ∇_λ L_Valid = −q ∂²L_Train/∂w∂λ at the optimum, with H q = ∇_w L_Valid. Here q (K, D)
+    follows that equation by the dynamics of the weights themselves, one step for every minibatch,
+
+        q ← q + α P (∇_w L_Valid − H q) − q / horizon,
+
+    with P and α the preconditioner and the step size of the weights' optimizer, α reduced where P H is too sharp for it. The
+    last term damps: far from a strongly convex optimum q would grow along flat directions, in which the weights do not get
+    anywhere in the time that they have. No response is sampled, so that the weight of one training example among thousands is
+    not lost in the noise of the others.
+
+    Parameters
+    ----------
+    coordinates : Tensor of shape (n,)
+        Booleans: whose hypergradient it gives. L_Train must be differentiable in them.
+    hypernetwork : Hypernetwork
+    weight_optimizer : torch.optim.Optimizer
+        Holds ``hypernetwork.w0``.
+    horizon : float, default=10
+        Steps after which a gradient is forgotten; infinite for the exact equation.
+    """
+
+    def __init__(
+        self,
+        coordinates: Tensor,
+        hypernetwork: Hypernetwork,
+        weight_optimizer: torch.optim.Optimizer,
+        *,
+        horizon: float = 10.0,
+    ):
+        self.horizon = horizon
+        self.coordinates = coordinates
+        self.hypernetwork = hypernetwork
+        self.weight_optimizer = weight_optimizer
+        self.q = torch.zeros_like(hypernetwork.w0.data)
+        self._sharpness = self.q.new_zeros(len(self.q), 1)
+
+    def hypergradient(self, problem: Problem, w: Tensor, lam_hat: Tensor, G: Tensor) -> Tensor:
+        """Move q by one minibatch, and give −q ∂²L_Train/∂w∂λ (n,) there.
+
+        ``G`` (K, 1, D) is the gradient of the mean over folds of L_Valid at the weights ``w`` (K, 1, D).
+        """
+        w, lam = w.requires_grad_(), lam_hat[None].requires_grad_()
+        loss = problem.train_loss(w, lam, next(problem.train_batches))
+        (g,) = torch.autograd.grad(loss.sum(), w, create_graph=True)
+        H_q, mixed = torch.autograd.grad((g[:, 0] * self.q).sum(), [w, lam])
+        scale = preconditioner(self.hypernetwork.w0, self.weight_optimizer)
+        H_q = H_q[:, 0]
+        # ‖P H q‖ / ‖q‖ in the norm of P⁻¹: a lower bound of the largest eigenvalue of P H, close to it before q could diverge.
+        sharpness = (
+            (H_q**2 / scale).sum(1, keepdim=True) / (scale * self.q**2).sum(1, keepdim=True).clamp(min=1e-30)
+        ).sqrt()
+        self._sharpness = torch.maximum(sharpness, 0.99 * self._sharpness)
+        group = self.weight_optimizer.param_groups[0]
+        lr = group.get("initial_lr", group["lr"])  # of a schedule, which may have ended
+        step = lr / (1 + lr * self._sharpness)
+        self.q.add_(step * (G[:, 0] - H_q) / scale - self.q / self.horizon)
+        return -mixed[0]
 
 
 # --- the optimizers of φ ----------------------------------------------------------------------------------------------
@@ -245,13 +333,13 @@ class PlainOptimizer:
     Parameters
     ----------
     hypernetwork : Hypernetwork
-    optimizer : torch.optim.Optimizer
+    weight_optimizer : torch.optim.Optimizer
         Holds all parameters of the hypernetwork.
     """
 
-    def __init__(self, hypernetwork: Hypernetwork, optimizer: torch.optim.Optimizer):
+    def __init__(self, hypernetwork: Hypernetwork, weight_optimizer: torch.optim.Optimizer):
         self.hypernetwork = hypernetwork
-        self.optimizer = optimizer
+        self.weight_optimizer = weight_optimizer
 
     def step(self, features: Tensor, G: Tensor) -> None:
         """See :class:`ResponseOptimizer`. The loss is the mean over the m samples."""
@@ -260,7 +348,7 @@ class PlainOptimizer:
         for linear in self.hypernetwork.maps:
             linear.V.grad = linear.gradient(features.detach(), G) / m
         _backward_basis(self.hypernetwork, features, G / m)
-        self.optimizer.step()
+        self.weight_optimizer.step()
 
 
 class TangentOptimizer:
@@ -302,7 +390,11 @@ class TangentOptimizer:
         self.weight_optimizer.step()
         with torch.no_grad():
             centred = features - features.mean(dim=1, keepdim=True) if features.shape[1] > 1 else features
-            step = self._preconditioned(G) * self.weight_optimizer.param_groups[0]["lr"]
+            step = (
+                G
+                / preconditioner(hypernetwork.w0, self.weight_optimizer)[:, None]
+                * self.weight_optimizer.param_groups[0]["lr"]
+            )
             for number, linear in enumerate(hypernetwork.maps):
                 total, each = linear.power(centred)
                 average = self._powers.get(number, each)
@@ -312,14 +404,15 @@ class TangentOptimizer:
             _backward_basis(hypernetwork, features, G / features.shape[1])
             self.basis_optimizer.step()
 
-    def _preconditioned(self, G: Tensor) -> Tensor:
-        state = self.weight_optimizer.state.get(self.hypernetwork.w0, {})
-        if "exp_avg_sq" not in state:
-            return G
-        group = self.weight_optimizer.param_groups[0]
-        correction = 1 - group["betas"][1] ** float(state["step"])
-        scale = (state["exp_avg_sq"] / correction).sqrt_().add_(group["eps"])
-        return G / scale[:, None]
+
+def preconditioner(w0: nn.Parameter, optimizer: torch.optim.Optimizer) -> Tensor:
+    """What the optimizer divides w₀'s gradient by, (K, D): Adam's √v̂ + ε, or 1."""
+    state = optimizer.state.get(w0, {})
+    if "exp_avg_sq" not in state:
+        return torch.ones_like(w0.data)
+    group = optimizer.param_groups[0]
+    correction = 1 - group["betas"][1] ** float(state["step"])
+    return (state["exp_avg_sq"] / correction).sqrt_().add_(group["eps"])
 
 
 def _backward_basis(hypernetwork: Hypernetwork, features: Tensor, G: Tensor) -> None:

@@ -19,26 +19,33 @@ from torch import Tensor
 
 
 class Rows(NamedTuple):
-    """The rows of one fold: ``x`` (N, ...), ``y`` (N,) or (N, outputs), and the rows' weights (N,) or None."""
+    """The rows of one fold: ``x`` (N, ...), ``y`` (N,) or (N, outputs), the rows' weights (N,) or None.
+
+    ``number`` (N,) says which rows of the whole data they are, where that is known.
+    """
 
     x: Tensor
     y: Tensor
     weight: Tensor | None = None
+    number: Tensor | None = None
 
 
 class Batch(NamedTuple):
-    """Rows for M models: ``x`` (M, B, ...), ``y`` (M, B) or (M, B, outputs), ``weight`` (M, B) of mean one, or None."""
+    """Rows for M models: ``x`` (M, B, ...), ``y`` (M, B) or (M, B, outputs), ``weight`` (M, B) of mean one, or None.
+
+    ``number`` (M, B) says which rows of the whole data they are, or is None.
+    """
 
     x: Tensor
     y: Tensor
     weight: Tensor | None = None
+    number: Tensor | None = None
 
     def repeat(self, m: int) -> Batch:
         """Every model's rows m times over, for m weights per model; no copy of the rows is made for m = 1."""
         if m == 1:
             return self
-        weight = None if self.weight is None else self.weight.repeat_interleave(m, dim=0)
-        return Batch(self.x.repeat_interleave(m, dim=0), self.y.repeat_interleave(m, dim=0), weight)
+        return Batch(*(None if t is None else t.repeat_interleave(m, dim=0) for t in self))  # type: ignore[arg-type]
 
 
 class Minibatches(Iterator[Batch]):
@@ -70,10 +77,37 @@ class Minibatches(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         picks = [self._pick(k).to(rows.x.device) for k, rows in enumerate(self.folds)]
-        x = torch.stack([rows.x[pick] for rows, pick in zip(self.folds, picks, strict=True)])
-        y = torch.stack([rows.y[pick] for rows, pick in zip(self.folds, picks, strict=True)])
-        weights = [weight[pick] for weight, pick in zip(self._weights, picks, strict=True) if weight is not None]
-        return Batch(x, y, torch.stack(weights) if weights else None)
+
+        def stack(columns: Sequence[Tensor | None]) -> Tensor | None:
+            taken = [column[pick] for column, pick in zip(columns, picks, strict=True) if column is not None]
+            return torch.stack(taken) if taken else None
+
+        x, y, _, number = (stack(columns) for columns in zip(*self.folds, strict=True))
+        return Batch(x, y, stack(self._weights), number)  # type: ignore[arg-type]
+
+    def weighted(self, batch: Batch, weights: Tensor) -> Tensor:
+        """Weights for m models on a minibatch of K folds, out of m weights for every row of the whole data.
+
+        They multiply the rows' own, and are relative to the mean over each fold's rows, as in a fit.
+
+        Parameters
+        ----------
+        batch : Batch of K × B rows, with their numbers
+        weights : Tensor of shape (m, number of all rows)
+
+        Returns
+        -------
+        Tensor of shape (K · m, B)
+        """
+        found = []
+        for k, rows in enumerate(self.folds):
+            own = self._weights[k]
+            all_rows = weights[:, rows.number] if own is None else weights[:, rows.number] * own
+            these = weights[:, batch.number[k]]  # type: ignore[index]
+            if batch.weight is not None:
+                these = these * batch.weight[k]
+            found.append(these / all_rows.mean(dim=1, keepdim=True).clamp(min=1e-12))
+        return torch.cat(found)
 
     def _pick(self, k: int) -> Tensor:
         while len(self._queues[k]) < self.batch_size:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, ClassVar, Protocol, Self
 
+import joblib
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
@@ -118,6 +119,7 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
     penalty: Any
     augment: Any
     inputs: Any
+    sample_weight: Any
     optimizer: Any
     lr: float
     lr_schedule: str
@@ -136,6 +138,7 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
         "penalty": [None, callable],
         "augment": [None, callable],
         "inputs": [None, Mapping],
+        "sample_weight": [None, "array-like"],
         "optimizer": [StrOptions(set(_OPTIMIZERS)), callable],
         "lr": [Interval(Real, 0, None, closed="neither")],
         "lr_schedule": [StrOptions(set(_LR_SCHEDULES))],
@@ -150,7 +153,10 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
     _checks: Mapping[str, Any]
     _row_shape: tuple[int, ...]
     loss_names: ClassVar[Mapping[str, str]] = {name: name for name in LOSS_HYPERPARAMETERS}
-    _responses: Sequence[Any] = ()  # best responses to take the weights from, under evaluate="hypernetwork"
+    # What a search puts on the estimator that it clones: best responses to take the weights from, under
+    # evaluate="hypernetwork", and the row numbers of its folds, by fingerprint of their rows.
+    _responses: Sequence[Any] = ()
+    _row_numbers: dict[str, np.ndarray] | None = None
 
     @with_callbacks
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
@@ -251,8 +257,7 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
 
     def __sklearn_clone__(self) -> Self:
         copy = super().__sklearn_clone__()
-        if "_responses" in vars(self):
-            copy._responses = self._responses
+        vars(copy).update({name: value for name, value in vars(self).items() if name in ("_responses", "_row_numbers")})
         return copy
 
     # --- parts, shared with hyper-training -------------------------------------------------------------------------
@@ -270,6 +275,10 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
         weight = None
         if sample_weight is not None:
             sample_weight = _check_sample_weight(sample_weight, X, ensure_non_negative=True)
+        if self.sample_weight is not None:
+            own = self._own_sample_weight(X, y)
+            sample_weight = own if sample_weight is None else own * sample_weight
+        if sample_weight is not None:
             kept = sample_weight > 0
             if not kept.any():
                 raise ValueError("sample_weight is zero for every row.")
@@ -283,6 +292,24 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
         X, y = validate_data(self, X, y, **self._checks, reset=False)
         weight = None if sample_weight is None else self._tensor(_check_sample_weight(sample_weight, X))
         return Rows(self._tensor(X), self._encode_targets(y), weight)
+
+    def _note_rows(self, X: Any, y: Any, number: np.ndarray) -> None:
+        """Remember, for this estimator and its clones, which rows of the whole data these are."""
+        if self._row_numbers is not None:
+            self._row_numbers[fingerprint(*validate_data(self, X, y, **self._checks))] = number
+
+    def _own_sample_weight(self, X: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """The parameter ``sample_weight`` for these rows: all of them, or those of a fold that a search knows."""
+        weight = np.asarray(self.sample_weight)
+        number = self._row_numbers.get(fingerprint(X, y)) if self._row_numbers is not None else None
+        if number is not None:
+            weight = weight[number]
+        if weight.shape != (len(X),):
+            raise ValueError(
+                f"The parameter sample_weight has shape {weight.shape}, and there are {len(X)} rows. It holds one weight for each "
+                "row of fit; in cross-validation pass sample_weight to fit instead, which is split with the rows."
+            )
+        return _check_sample_weight(weight, X, ensure_non_negative=True)
 
     def _find_columns(self) -> dict[str, Tensor] | None:
         """``inputs`` as numbers of columns."""
@@ -384,7 +411,8 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
         return None
 
     def _loss_values(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in LOSS_HYPERPARAMETERS if hasattr(self, name)}
+        names = [name for name in LOSS_HYPERPARAMETERS if name != "sample_weight"]  # the rows bring theirs with them
+        return {name: getattr(self, name) for name in names if hasattr(self, name)}
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         """A private copy as a tensor of the estimator's dtype on its device."""
@@ -407,6 +435,11 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
 
     def _encode_targets(self, y: np.ndarray) -> Tensor:
         raise NotImplementedError
+
+
+def fingerprint(*arrays: Any) -> str:
+    """The same for the same arrays, in any process."""
+    return joblib.hash(arrays)
 
 
 def scheduled(
@@ -448,6 +481,8 @@ class TorchClassifier(ClassifierMixin, TorchEstimator):
     inputs : dict from str to list, default=None
         For modules of several inputs: for each argument of their ``forward`` the names or numbers of its columns of X. The
         factory then gets a dict of their widths as n_features_in.
+    sample_weight : array-like of shape (n_samples,), default=None
+        Weight of each row that ``fit`` is given, times the weights given to ``fit`` itself. Here it can be tuned.
     optimizer : {"adam", "sgd"} or callable, default="adam"
         "sgd" has momentum 0.9. A callable gets (params, lr=...) and returns a torch optimizer.
     lr : float, default=3e-3
@@ -507,6 +542,7 @@ class TorchClassifier(ClassifierMixin, TorchEstimator):
         penalty: Any = None,
         augment: Any = None,
         inputs: Mapping[str, Sequence[Any]] | None = None,
+        sample_weight: Any = None,
         optimizer: Any = "adam",
         lr: float = 3e-3,
         lr_schedule: str = "cosine",
@@ -527,6 +563,7 @@ class TorchClassifier(ClassifierMixin, TorchEstimator):
         self.penalty = penalty
         self.augment = augment
         self.inputs = inputs
+        self.sample_weight = sample_weight
         self.optimizer = optimizer
         self.lr = lr
         self.lr_schedule = lr_schedule
@@ -589,7 +626,7 @@ class TorchRegressor(RegressorMixin, TorchEstimator):
         Loss, mean over outputs and rows. A callable or a loss class such as ``torch.nn.HuberLoss`` gets outputs and
         targets, both (B, n_outputs).
     weight_decay, l1, input_noise, mixup : default=0.0
-    penalty, augment, inputs : default=None
+    penalty, augment, inputs, sample_weight : default=None
         As in :class:`TorchClassifier`.
     optimizer : {"adam", "sgd"} or callable, default="adam"
         "sgd" has momentum 0.9. A callable gets (params, lr=...) and returns a torch optimizer.
@@ -646,6 +683,7 @@ class TorchRegressor(RegressorMixin, TorchEstimator):
         penalty: Any = None,
         augment: Any = None,
         inputs: Mapping[str, Sequence[Any]] | None = None,
+        sample_weight: Any = None,
         optimizer: Any = "adam",
         lr: float = 3e-3,
         lr_schedule: str = "cosine",
@@ -665,6 +703,7 @@ class TorchRegressor(RegressorMixin, TorchEstimator):
         self.penalty = penalty
         self.augment = augment
         self.inputs = inputs
+        self.sample_weight = sample_weight
         self.optimizer = optimizer
         self.lr = lr
         self.lr_schedule = lr_schedule

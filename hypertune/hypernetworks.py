@@ -171,13 +171,23 @@ class Hypernetwork(nn.Module):
         Weights at the centre; copied.
     center : Tensor of shape (n,)
         Kept by reference: if the caller moves λ̂ in place, the centre moves with it.
+    unseen : Tensor of shape (n,), optional
+        Coordinates of λ (booleans) that the basis is to see at the centre whatever they are.
     """
 
     center: Tensor
     maps: Any  # an nn.ModuleList of Dense and Local
 
-    def __init__(self, basis: nn.Module, maps: Sequence[Dense | Local], w0: Tensor, center: Tensor):
+    def __init__(
+        self,
+        basis: nn.Module,
+        maps: Sequence[Dense | Local],
+        w0: Tensor,
+        center: Tensor,
+        unseen: Tensor | None = None,
+    ):
         super().__init__()
+        self.seen = None if unseen is None else (~unseen).to(center)
         self.basis = basis
         self.w0 = nn.Parameter(w0.detach().clone())
         self.maps = nn.ModuleList(maps)
@@ -185,7 +195,8 @@ class Hypernetwork(nn.Module):
 
     def features(self, lam: Tensor) -> Tensor:
         """λ of shape (m, n) → features (K, m, r)."""
-        return self.basis(lam - self.center)
+        delta = lam - self.center
+        return self.basis(delta if self.seen is None else delta * self.seen)
 
     def weights(self, features: Tensor) -> Tensor:
         """Features (K, m, r) → weights (K, m, D)."""
@@ -219,10 +230,13 @@ class Layout:
         For each weight the number of the output unit that it belongs to.
     local : sequence of Tensor of shape (D,)
         For each hyperparameter of a fine grain: which coordinate of λ acts on each weight, −1 for none.
+    unseen : Tensor of shape (n,), optional
+        Coordinates of λ (booleans) that no weight responds to here.
     """
 
     units: Tensor
     local: Sequence[Tensor] = ()
+    unseen: Tensor | None = None
 
 
 class Builder(Protocol):
@@ -253,12 +267,14 @@ class Linear:
     def build(self, w0: Tensor, center: Tensor, layout: Layout) -> Hypernetwork:
         """See :class:`Builder`."""
         coordinates = torch.arange(len(center))
-        local = torch.cat([torch.full((0,), -1), *layout.local]).unique()
-        dense = coordinates[~torch.isin(coordinates, local)]
+        elsewhere = torch.cat([torch.full((0,), -1), *layout.local]).unique()
+        dense = coordinates[~torch.isin(coordinates, elsewhere)]
+        if layout.unseen is not None:
+            dense = dense[~layout.unseen[dense]]
         maps: list[Dense | Local] = [Local(w0, index) for index in layout.local]
         if len(dense):
             maps.insert(0, Dense(w0, dense))
-        return Hypernetwork(_Identity(len(w0), len(center)), maps, w0, center)
+        return Hypernetwork(_Identity(len(w0), len(center)), maps, w0, center, layout.unseen)
 
 
 @dataclass(frozen=True)
@@ -270,7 +286,7 @@ class LowRank:
     def build(self, w0: Tensor, center: Tensor, layout: Layout) -> Hypernetwork:
         """See :class:`Builder`."""
         basis = _Affine(len(w0), len(center), self.rank, w0)
-        return Hypernetwork(basis, [Dense(w0, torch.arange(self.rank))], w0, center)
+        return Hypernetwork(basis, [Dense(w0, torch.arange(self.rank))], w0, center, layout.unseen)
 
 
 @dataclass(frozen=True)
@@ -282,7 +298,7 @@ class ReluMLP:
     def build(self, w0: Tensor, center: Tensor, layout: Layout) -> Hypernetwork:
         """See :class:`Builder`."""
         basis = _Sequence(_Affine(len(w0), len(center), self.hidden, w0), nn.ReLU())
-        return Hypernetwork(basis, [Dense(w0, torch.arange(self.hidden))], w0, center)
+        return Hypernetwork(basis, [Dense(w0, torch.arange(self.hidden))], w0, center, layout.unseen)
 
 
 @dataclass(frozen=True)
@@ -295,7 +311,7 @@ class Gated:
         """See :class:`Builder`."""
         K, n_units = len(w0), int(layout.units.max()) + 1
         basis = _Sequence(_Affine(K, len(center), self.hidden, w0), nn.Tanh(), _Affine(K, self.hidden, n_units, w0))
-        return Hypernetwork(basis, [Local(w0, layout.units)], w0, center)
+        return Hypernetwork(basis, [Local(w0, layout.units)], w0, center, layout.unseen)
 
 
 HYPERNETWORKS: dict[str, Builder] = {

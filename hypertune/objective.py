@@ -45,6 +45,7 @@ LOSS_HYPERPARAMETERS: dict[str, tuple[float, float]] = {
     "input_noise": (0.0, math.inf),
     "label_smoothing": (0.0, 1.0),
     "mixup": (0.0, 1.0),
+    "sample_weight": (0.0, math.inf),
 }
 
 

@@ -27,7 +27,7 @@ from sklearn.utils import get_tags
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.metadata_routing import process_routing
 from sklearn.utils.metaestimators import _safe_split
-from sklearn.utils.validation import _check_method_params, indexable
+from sklearn.utils.validation import _check_method_params, _num_samples, indexable
 from torch import Tensor
 
 from hypertune.callbacks import epochs
@@ -37,7 +37,7 @@ from hypertune.randomness import draw_seed
 from hypertune.response import Fold
 from hypertune.space import Space
 from hypertune.training import hyper_train, stack
-from hypertune.tunable import check_names
+from hypertune.tunable import check_names, with_rows
 
 
 class HyperTrainingSearchCV(BaseSearchCV):
@@ -282,15 +282,25 @@ class HyperTrainingSearchCV(BaseSearchCV):
                 raise ValueError("evaluate='hypernetwork' needs a TorchClassifier or TorchRegressor; use 'retrain'.")
             net._responses = self._responses
         self._inputs = indexable(X, y)
+        if self._weighs_rows():
+            self.estimator = clone(self.estimator)
+            _net(self.estimator)._row_numbers = {}  # type: ignore[attr-defined]
         try:
             super().fit(X, y, **params)
         finally:
             self.__dict__.update(own)
             for name in ("_inputs", "_routed", "_responses", "_callback_ctx"):
                 self.__dict__.pop(name, None)
-        if self.evaluate == "hypernetwork" and self.refit:
-            del vars(_net(self.best_estimator_))["_responses"]
+        if hasattr(self, "best_estimator_") and isinstance(net := _last(self.best_estimator_), TorchEstimator):
+            for name in ("_responses", "_row_numbers"):
+                net.__dict__.pop(name, None)
         return self
+
+    def _weighs_rows(self) -> bool:
+        """Whether the estimator has a weight for each row of X, which has to find its rows again in every fold."""
+        net = _last(self.estimator)
+        tuned = f"{_prefix(self.estimator)}sample_weight" in self.param_distributions
+        return isinstance(net, TorchEstimator) and (tuned or net.sample_weight is not None)
 
     def _get_routed_params_for_fit(self, params: Any) -> Any:
         if self._inputs[1] is None and get_tags(self).target_tags.required:
@@ -325,11 +335,12 @@ class HyperTrainingSearchCV(BaseSearchCV):
         """Hyper-train, and return the settings to verify. A subclass may put any other proposal in its place."""
         space = Space.from_distributions(self.param_distributions)
         net, prefix = _net(self.estimator), _prefix(self.estimator)
+        space = with_rows(net, space, prefix)
         self._check_space(space)
         check_names(net, space, prefix)
         seed = draw_seed(self.random_state)
         folds = self._folds()
-        space, objective, w0 = stack(space, prefix, folds, seed)
+        space, objective, w0 = stack(space, prefix, folds, _num_samples(self._inputs[0]), seed)
         settings = self._settings()
         current = space.encode({name: settings[name] for name in space.names})  # moved into the declared bounds
         max_epochs = net.max_epochs if self.max_epochs is None else self.max_epochs
@@ -379,7 +390,10 @@ class HyperTrainingSearchCV(BaseSearchCV):
         """All parameters of the estimator with their current values, also those that were never set on it."""
         prefix = _prefix(self.estimator)
         own = {prefix + name: value for name, value in _net(self.estimator).get_params().items()}
-        return own | self.estimator.get_params()
+        settings = own | self.estimator.get_params()
+        if settings.get(name := f"{prefix}sample_weight", 1.0) is None:
+            settings[name] = 1.0  # what no weight means
+        return settings
 
     def _folds(self) -> list[Fold]:
         """The splits of ``cv``, each preprocessed and encoded as scikit-learn would give it to the estimator."""
@@ -398,10 +412,19 @@ class HyperTrainingSearchCV(BaseSearchCV):
             preprocess = clone(Pipeline([*self.estimator.steps[:-1], ("identity", FunctionTransformer())]))
             X_train = preprocess.fit_transform(X_train, y_train, **earlier)
             X_valid = preprocess.transform(X_valid)
-        net = clone(_net(self.estimator))
-        encoded = net._encode(X_train, y_train, own.get("sample_weight"), all_y=y)
-        weight = self._fit_params_of(X, valid)[0].get("sample_weight")
-        return Fold(net, preprocess, encoded, net._encode_more(X_valid, y_valid, weight))
+        net, weight = clone(_net(self.estimator)), own.get("sample_weight")
+        number = np.arange(_num_samples(X))[train]
+        if isinstance(net, TorchEstimator):
+            net._note_rows(X_train, y_train, number)
+            if f"{_prefix(self.estimator)}sample_weight" in self.param_distributions:
+                net.sample_weight = None  # it is λ
+        encoded = net._encode(X_train, y_train, weight, all_y=y)
+        if weight is not None:
+            number = number[np.asarray(weight) > 0]  # the others are left out
+        if len(number) == len(encoded.x):
+            encoded = encoded._replace(number=torch.from_numpy(number).to(encoded.x.device))
+        valid_weight = self._fit_params_of(X, valid)[0].get("sample_weight")
+        return Fold(net, preprocess, encoded, net._encode_more(X_valid, y_valid, valid_weight))
 
     def _fit_params_of(self, X: Any, indices: np.ndarray) -> tuple[dict[str, Any], dict[str, Any]]:
         """The fit parameters for some rows: the net's own, and those of the earlier steps as their pipeline takes them."""
@@ -462,7 +485,7 @@ def _start(space: Space, current: Tensor) -> Tensor:
 
 def _net(estimator: Any) -> Net:
     """The torch estimator itself, or the last step of a Pipeline; a skorch net by its adapter."""
-    last = estimator.steps[-1][1] if isinstance(estimator, Pipeline) else estimator
+    last = _last(estimator)
     if isinstance(last, TorchEstimator):
         return last
     if any(cls.__module__.startswith("skorch.") for cls in type(last).__mro__):
@@ -473,6 +496,10 @@ def _net(estimator: Any) -> Net:
         f"HyperTrainingSearchCV tunes a TorchClassifier, a TorchRegressor, a skorch net, or a Pipeline that ends in one; got "
         f"{type(last).__name__}. Other models have no weights that a gradient could follow: use RandomizedSearchCV."
     )
+
+
+def _last(estimator: Any) -> Any:
+    return estimator.steps[-1][1] if isinstance(estimator, Pipeline) else estimator
 
 
 def _prefix(estimator: Any) -> str:

@@ -3,7 +3,7 @@
 Rows and minibatches, the stacked objective, a hypernetwork, one of the algorithms and their optimizers. This room owns the
 loop, the clock and the trace; the mathematics is in :mod:`hypertune.algorithms`.
 
-    space, objective, w0 = stack(space, prefix, folds, seed)
+    space, objective, w0 = stack(space, prefix, folds, n_rows, seed)
     response, history = hyper_train(space, prefix, folds, objective, w0, start, algorithm="joint", ...)
 """
 
@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from tqdm.auto import tqdm
 
 from hypertune.algorithms import (
+    Adjoint,
     PlainOptimizer,
     Problem,
     ResponseOptimizer,
@@ -105,6 +106,8 @@ def hyper_train(
         phi_steps = math.ceil(_GLOBAL_FIT * steps) if algorithm == "global" else steps
         first = phi_steps if algorithm == "global" else int(warmup * steps)
         phi_optimizer, phi_schedules = _phi_optimizer(net, phi, response_optimizer, phi_steps)
+        rows = _of_rows(space).to(w0.device)
+        adjoint = Adjoint(rows, phi, phi_optimizer.weight_optimizer) if rows.any() else None
         lam_optimizer = torch.optim.Adam([lam_hat], lr=hyper_lr, betas=(0.9, 0.99), eps=hyper_eps)
         # Each of many values has a small slope of its own; what matters is the slope of moving all of them together.
         sizes = space.sizes.to(lam_hat)
@@ -116,7 +119,7 @@ def hyper_train(
         decay = 1 / max(steps - first, 1) if hyper_lr_schedule == "linear" else 0.0
         lam_schedule = LambdaLR(lam_optimizer, lambda t: max(0.0, 1 - decay * t))
         run = _run(
-            algorithm, problem, phi, lam_hat, phi_optimizer, lam_optimizer, space,
+            algorithm, problem, phi, lam_hat, phi_optimizer, lam_optimizer, adjoint, space,
             scale=scale, m=n_samples, warmup=first, phi_steps=phi_steps, seed=seed,
         )  # fmt: skip
 
@@ -143,8 +146,10 @@ def hyper_train(
     return response, trace.arrays()
 
 
-def stack(space: Space, prefix: str, folds: list[Fold], seed: int) -> tuple[Space, Objective, Tensor]:
+def stack(space: Space, prefix: str, folds: list[Fold], n_rows: int, seed: int) -> tuple[Space, Objective, Tensor]:
     """All folds in one objective. Refuses what cannot be trained.
+
+    ``n_rows`` is the length of the whole data, for hyperparameters of single rows.
 
     Returns
     -------
@@ -169,14 +174,14 @@ def stack(space: Space, prefix: str, folds: list[Fold], seed: int) -> tuple[Spac
         settings = net.get_params()
         objective.try_stacking(x, {own: settings[own] for own in reaches})
         w0 = torch.stack([net._make_objective(module).initial_weights() for module in modules])
-    return space.resolve(arrangements(net, objective, space, prefix, x)), objective, w0
+    return space.resolve(arrangements(net, objective, space, prefix, x, n_rows)), objective, w0
 
 
 def _layout(space: Space, prefix: str, net: Net, objective: Objective, x: Tensor) -> Layout:
     """Which coordinate of a fine grain acts on which weights: a penalty on its own, a feature's noise on its column."""
     local = []
     for h in space.hyperparameters:
-        if h.grain in (None, "layer"):
+        if h.grain in (None, "layer", "row"):
             continue
         if isinstance(h.shape, Mapping):
             index = objective.index(h.shape)
@@ -187,7 +192,13 @@ def _layout(space: Space, prefix: str, net: Net, objective: Objective, x: Tensor
                 continue  # no layer with a column for each feature: a column of V for each instead
             index = objective.index({name: shape for name, shape in arrangement.items() if shape != ()})
         local.append(torch.where(index >= 0, index + space.blocks[h.name].start, -1))
-    return Layout(objective.units(), local)
+    rows = _of_rows(space)
+    return Layout(objective.units(), local, rows if rows.any() else None)
+
+
+def _of_rows(space: Space) -> Tensor:
+    """Which coordinates of λ belong to single training rows, (n,) booleans."""
+    return torch.cat([torch.full((h.size,), h.grain == "row") for h in space.hyperparameters])
 
 
 def _problem(
@@ -209,11 +220,14 @@ def _problem(
 
     def train_loss(w: Tensor, lam: Tensor, batch: Batch) -> Tensor:
         K, m, _ = w.shape
-        values = {}
+        values, repeated = {}, batch.repeat(m)
         for name, v in space.values(lam).items():
+            if names[name] == "sample_weight":
+                repeated = repeated._replace(weight=train_batches.weighted(batch, v))
+                continue
             v = v[:, of_weights[name]] if name in of_weights else v
             values[names[name]] = v.repeat(K, *(1,) * (v.dim() - 1))
-        return objective.train_loss(w.flatten(0, 1), values, batch.repeat(m)).view(K, m)
+        return objective.train_loss(w.flatten(0, 1), values, repeated).view(K, m)
 
     def valid_loss(w: Tensor, batch: Batch) -> Tensor:
         return objective.valid_loss(w[:, 0], batch)[:, None]
@@ -240,6 +254,7 @@ def _run(
     lam_hat: Tensor,
     phi_optimizer: ResponseOptimizer,
     lam_optimizer: torch.optim.Optimizer,
+    adjoint: Adjoint | None,
     space: Space,
     *,
     scale: float | None,
@@ -250,15 +265,17 @@ def _run(
 ) -> Iterator[Step]:
     generator = torch.Generator().manual_seed(seed)
     if algorithm == "joint":
-        sigma = 0.5 if scale is None else scale
+        sigma: Any = 0.5 if scale is None else scale
+        if adjoint is not None:
+            sigma = torch.where(adjoint.coordinates, 0.0, sigma)
         yield from joint(
             problem, phi, lam_hat, phi_optimizer, lam_optimizer,
-            sigma=sigma, m=m or 2, warmup=warmup, generator=generator,
+            sigma=sigma, m=m or 2, warmup=warmup, generator=generator, adjoint=adjoint,
         )  # fmt: skip
     elif algorithm == "simplified":
-        yield from simplified(problem, phi, lam_hat, phi_optimizer, lam_optimizer, warmup=warmup)
+        yield from simplified(problem, phi, lam_hat, phi_optimizer, lam_optimizer, warmup=warmup, adjoint=adjoint)
     else:
-        sample = _prior(space, lam_hat, scale, seed)
+        sample = _prior(space, lam_hat, scale, seed, None if adjoint is None else adjoint.coordinates)
         for step in fit_response(problem, phi, phi_optimizer, sample, m=m or 8):
             yield step
             if step.number == phi_steps:
@@ -268,16 +285,24 @@ def _run(
             batch = next(problem.valid_batches)
             predicted = torch.cat([problem.valid_loss(phi(lam[None]), batch).mean(dim=0) for lam in screened])
             lam_hat.copy_(screened[predicted.argmin()])
-        yield from descend_response(problem, phi, lam_hat, lam_optimizer)
+        yield from descend_response(problem, phi, lam_hat, lam_optimizer, adjoint=adjoint)
 
 
-def _prior(space: Space, lam_hat: Tensor, scale: float | None, seed: int) -> Callable[[int], Tensor]:
-    """p(λ) of Algorithm 2: the declared distributions, or N(start, scale² I) as in the paper."""
+def _prior(
+    space: Space, lam_hat: Tensor, scale: float | None, seed: int, fixed: Tensor | None
+) -> Callable[[int], Tensor]:
+    """p(λ) of Algorithm 2: the declared distributions, or N(start, scale² I) as in the paper; ``fixed`` coordinates stay."""
     rng = np.random.default_rng(seed)
     start = lam_hat.detach().clone()
-    if scale is None:
-        return lambda m: space.sample(m, rng).to(start)
-    return lambda m: start + scale * torch.from_numpy(rng.standard_normal((m, space.n))).to(start)
+
+    def sample(m: int) -> Tensor:
+        if scale is None:
+            lam = space.sample(m, rng).to(start)
+        else:
+            lam = start + scale * torch.from_numpy(rng.standard_normal((m, space.n))).to(start)
+        return lam if fixed is None else torch.where(fixed, start, lam)
+
+    return sample
 
 
 class _Trace:

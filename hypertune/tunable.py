@@ -6,6 +6,7 @@ Everything else is refused here, by name, before anything is trained.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -13,13 +14,23 @@ from hypertune.estimator import Net
 from hypertune.modules import Reach, find_reach
 from hypertune.objective import LOSS_HYPERPARAMETERS, Objective
 from hypertune.randomness import isolated
-from hypertune.space import Grain, Shape, Space
+from hypertune.space import Grain, Hyperparameter, Shape, Space
 
 _GRAINS: dict[str, tuple[Grain | None, ...]] = {
     "weight_decay": (None, "layer", "unit", "weight", "feature"),
     "l1": (None, "layer", "unit", "weight", "feature"),
     "input_noise": (None, "feature"),
+    "sample_weight": ("row",),
 }
+
+
+def with_rows(net: Net, space: Space, prefix: str) -> Space:
+    """The same space, with one value for each training row where that is what a hyperparameter means."""
+
+    def of_rows(h: Hyperparameter) -> bool:
+        return h.grain is None and net.loss_names.get(h.name.removeprefix(prefix)) == "sample_weight"
+
+    return Space(tuple(replace(h, grain="row") if of_rows(h) else h for h in space.hyperparameters))
 
 
 def check_names(net: Net, space: Space, prefix: str) -> None:
@@ -96,7 +107,7 @@ def find_reaches(net: Net, space: Space, prefix: str) -> dict[str, list[Reach]]:
     return reaches
 
 
-def arrangements(net: Net, objective: Objective, space: Space, prefix: str, x: Tensor) -> dict[str, Shape]:
+def arrangements(net: Net, objective: Objective, space: Space, prefix: str, x: Tensor, n_rows: int) -> dict[str, Shape]:
     """How the values of every hyperparameter that has a grain are arranged in this model, by name.
 
     Parameters
@@ -104,6 +115,8 @@ def arrangements(net: Net, objective: Objective, space: Space, prefix: str, x: T
     net, objective, space, prefix
     x : Tensor of shape (N, ...)
         Some rows.
+    n_rows : int
+        How many there are in all.
 
     Raises
     ------
@@ -113,6 +126,9 @@ def arrangements(net: Net, objective: Objective, space: Space, prefix: str, x: T
     shapes: dict[str, Shape] = {}
     for h in space.hyperparameters:
         if h.grain is None:
+            continue
+        if h.grain == "row":
+            shapes[h.name] = (n_rows,)
             continue
         if net.loss_names[h.name.removeprefix(prefix)] == "input_noise":
             if x.dim() != 2:
