@@ -37,6 +37,9 @@ class Problem:
         Endless streams of minibatches x, in whatever form the losses take.
     low, high : Tensor of shape (n,)
         Bounds of λ.
+    settle : callable ``(w (K, 1, D), lam (1, n), x)``, optional
+        Sees the weights at λ̂ with every training minibatch: for state of the model beside w, which is to be λ̂'s and not that
+        of the λ sampled around it.
     """
 
     train_loss: Callable[[Tensor, Tensor, Any], Tensor]
@@ -45,6 +48,7 @@ class Problem:
     valid_batches: Iterator[Any]
     low: Tensor
     high: Tensor
+    settle: Callable[[Tensor, Tensor, Any], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,7 @@ def joint(
     while True:
         number += 1
         lam = _inside(_neighbours(lam_hat, sigma, m, generator), problem)  # λ ~ p(λ | λ̂)
-        train = _descend_phi(problem, hypernetwork, phi_optimizer, lam)  # φ ← φ − α ∇_φ L_Train(w_φ(λ), λ, x)
+        train = _descend_phi(problem, hypernetwork, phi_optimizer, lam, lam_hat)  # φ ← φ − α ∇_φ L_Train(w_φ(λ), λ, x)
         valid = None
         if number > warmup and number % every == 0:
             valid = _descend_lam(
@@ -154,7 +158,7 @@ def simplified(
     while True:
         number += 1
         train = _descend_phi(
-            problem, hypernetwork, phi_optimizer, lam_hat.detach()[None]
+            problem, hypernetwork, phi_optimizer, lam_hat.detach()[None], lam_hat
         )  # φ ← φ − α ∇_φ L_Train(w_φ(λ̂), λ̂, x)
         valid = None
         if number > warmup and number % every == 0:
@@ -169,6 +173,7 @@ def fit_response(
     hypernetwork: Hypernetwork,
     phi_optimizer: ResponseOptimizer,
     sample: Callable[[int], Tensor],
+    lam_hat: Tensor,
     *,
     m: int = 2,
 ) -> Iterator[Step]:
@@ -180,6 +185,8 @@ def fit_response(
         As in :func:`joint`.
     sample : callable ``m -> Tensor of shape (m, n)``
         Draws from p(λ).
+    lam_hat : Tensor of shape (n,)
+        Not moved; where ``problem.settle`` keeps its state.
     m : int, default=2
         Sampled λ per minibatch.
     """
@@ -187,7 +194,9 @@ def fit_response(
     while True:
         number += 1
         lam = _inside(sample(m), problem)  # λ ~ p(λ)
-        yield Step(number, _descend_phi(problem, hypernetwork, phi_optimizer, lam), None)  # φ ← φ − α ∇_φ L_Train
+        yield Step(
+            number, _descend_phi(problem, hypernetwork, phi_optimizer, lam, lam_hat), None
+        )  # φ ← φ − α ∇_φ L_Train
 
 
 def descend_response(
@@ -202,6 +211,8 @@ def descend_response(
     number = 0
     while True:
         number += 1
+        if problem.settle is not None:
+            settle(problem, hypernetwork, lam_hat, next(problem.train_batches))
         valid = _descend_lam(problem, hypernetwork, lam_hat, lam_optimizer, adjoint)  # λ̂ ← λ̂ − β ∇_λ̂ L_Valid
         yield Step(number, None, valid)
 
@@ -228,10 +239,25 @@ def _weights(hypernetwork: Hypernetwork, features: Tensor) -> Tensor:
     return w.requires_grad_()
 
 
-def _descend_phi(problem: Problem, hypernetwork: Hypernetwork, phi_optimizer: ResponseOptimizer, lam: Tensor) -> Tensor:
+def settle(problem: Problem, hypernetwork: Hypernetwork, lam_hat: Tensor, x: Any) -> None:
+    """Show the problem the weights at λ̂ with a minibatch, if it wants to see them."""
+    if problem.settle is not None:
+        with torch.no_grad():
+            problem.settle(hypernetwork(lam_hat.detach()[None]), lam_hat.detach()[None], x)
+
+
+def _descend_phi(
+    problem: Problem,
+    hypernetwork: Hypernetwork,
+    phi_optimizer: ResponseOptimizer,
+    lam: Tensor,
+    lam_hat: Tensor,
+) -> Tensor:
+    x = next(problem.train_batches)
+    settle(problem, hypernetwork, lam_hat, x)
     features = hypernetwork.features(lam)
     w = _weights(hypernetwork, features)
-    loss = problem.train_loss(w, lam, next(problem.train_batches))
+    loss = problem.train_loss(w, lam, x)
     (G,) = torch.autograd.grad(loss.sum(), w)
     phi_optimizer.step(features, G)
     return loss.detach().mean()

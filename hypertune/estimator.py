@@ -31,7 +31,7 @@ from hypertune.batches import Minibatches, Rows
 from hypertune.callbacks import CallbackSupportMixin, fit_task, with_callbacks
 from hypertune.factory import MLP, keywords_of, with_keywords
 from hypertune.losses import CLASSIFICATION_LOSSES, REGRESSION_LOSSES, Loss, as_loss
-from hypertune.modules import Reach
+from hypertune.modules import Reach, refuse_modules
 from hypertune.objective import LOSS_HYPERPARAMETERS, Objective, arguments
 from hypertune.randomness import draw_seed, isolated
 
@@ -361,6 +361,7 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
         module = factory(n_features_in, self.n_outputs_)
         if not isinstance(module, nn.Module):
             raise TypeError(f"The factory {self.module!r} returned {type(module).__name__}, not a torch.nn.Module.")
+        refuse_modules(module)
         if not any(p.requires_grad for p in module.parameters()):
             raise ValueError(f"The factory {self.module!r} returned a module without trainable parameters.")
         return module.to(device=self.device, dtype=_DTYPES[self.dtype])
@@ -389,7 +390,12 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
         return optimizer, scheduled(optimizer, _LR_SCHEDULES[self.lr_schedule], steps)
 
     def _check_outputs(self, objective: Objective, x: Tensor) -> None:
-        outputs = objective.predict(objective.initial_weights()[None], x[None])[0]
+        try:
+            outputs = objective.predict(objective.initial_weights()[None], x[None])[0]
+        except (RuntimeError, IndexError, TypeError) as error:
+            raise ValueError(
+                f"The module of {self.module!r} does not run on rows of shape {tuple(x.shape[1:])}: {error}"
+            ) from error
         if outputs.shape != (len(x), self.n_outputs_):
             raise ValueError(
                 f"The module of {self.module!r} maps {len(x)} rows to shape {tuple(outputs.shape)}; expected "

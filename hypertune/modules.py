@@ -67,6 +67,21 @@ def with_tensor_dropout(module: nn.Module) -> nn.Module:
     return module
 
 
+def refuse_modules(module: nn.Module) -> None:
+    """Raise ValueError, with the submodule's name, for what cannot be trained as a function of its weights."""
+    for path, sub in module.named_modules():
+        where = f"{path or 'the module'} ({type(sub).__name__})"
+        if any(nn.parameter.is_lazy(p) for p in sub.parameters(recurse=False)):
+            raise ValueError(
+                f"{where} has no shape before it has seen data, and the weights are counted before that: the factory gets "
+                "n_features_in, so use the eager layer (nn.Linear for nn.LazyLinear)."
+            )
+        if getattr(sub, "sparse", False) is True:
+            raise ValueError(
+                f"{where} gives sparse gradients (sparse=True), which have no place in one vector of weights: sparse=False."
+            )
+
+
 # --- where a factory keyword arrives in the module ---------------------------------------------------------------------
 
 

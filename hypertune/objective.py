@@ -37,6 +37,7 @@ from torch.func import functional_call, vmap
 from hypertune.batches import Batch
 from hypertune.losses import CustomLoss, Loss
 from hypertune.modules import Reach, Value, is_zero, with_tensor_dropout
+from hypertune.randomness import rng_state, set_rng_state
 
 # Hyperparameters of the loss itself, with the interval in which each has a meaning.
 LOSS_HYPERPARAMETERS: dict[str, tuple[float, float]] = {
@@ -86,6 +87,9 @@ class Objective:
         Number of trained weights.
     stacked : bool
         Whether M models share one vmapped pass. Set to False by :meth:`try_stacking` for modules that cannot.
+    has_statistics : bool
+        Whether training writes into buffers (BatchNorm's running statistics), as :meth:`try_stacking` found out. They are kept
+        for each fold.
     """
 
     def __init__(
@@ -105,6 +109,7 @@ class Objective:
         self.penalty, self.augment, self.inputs = penalty, augment, inputs
         self.reach = dict(reach or {})
         self.stacked = True
+        self.has_statistics = bool(list(module.buffers()))
         self._modules = {training: with_tensor_dropout(module).train(training) for training in (True, False)}
         parameters = {k: p.detach().clone() for k, p in module.named_parameters() if p.requires_grad}
         self._initial = parameters
@@ -221,7 +226,9 @@ class Objective:
 
     # the two losses
 
-    def train_loss(self, w: Tensor, values: Mapping[str, Value], batch: Batch) -> Tensor:
+    def train_loss(
+        self, w: Tensor, values: Mapping[str, Value], batch: Batch, *, keep_statistics: bool = True
+    ) -> Tensor:
         """Training loss of each model.
 
         Parameters
@@ -231,6 +238,8 @@ class Objective:
             Hyperparameters by name; those missing are taken from ``fixed``. Penalties may also be (M, D), one for each weight,
             and the input noise (M, features).
         batch : Batch of M × B rows
+        keep_statistics : bool, default=True
+            Whether the running statistics of normalisation layers, if there are any, are updated by this pass.
 
         Returns
         -------
@@ -245,13 +254,14 @@ class Objective:
         if not is_zero(noise):
             # One draw for all models: common random numbers.
             x = x + _rowwise(noise, x) * torch.randn(x.shape[1:], dtype=x.dtype, device=x.device)
+        forward = partial(self._outputs, values=values, training=True, keep=keep_statistics)
         if is_zero(mixup):
-            loss = self._mean_loss(self._outputs(w, x, values, training=True), batch, smoothing)
+            loss = self._mean_loss(forward(w, x), batch, smoothing)
         else:  # Zhang et al. (2018), with a uniform share instead of a Beta: 0 is none, and neighbours share the draw
             other = torch.randperm(x.shape[1], device=x.device)
             share = 0.5 * mixup * torch.rand((), dtype=x.dtype, device=x.device)
             x = torch.lerp(x, x[:, other], _rowwise(share, x))
-            outputs = self._outputs(w, x, values, training=True)
+            outputs = forward(w, x)
             mixed_in = self._mean_loss(outputs, batch._replace(y=batch.y[:, other]), smoothing)
             loss = (1 - share) * self._mean_loss(outputs, batch, smoothing) + share * mixed_in
         weight_decay, l1 = values.get("weight_decay", 0.0), values.get("l1", 0.0)
@@ -314,10 +324,16 @@ class Objective:
         values : mapping from str to float
             A setting of the tuned hyperparameters.
         """
-        if self._buffers[0]:  # running statistics are written in place, which vmap cannot do
+        w = self.initial_weights().expand(2, -1)
+        if self._buffers[0]:
+            before = {k: b.clone() for k, b in self._buffers[0].items()}
+            with torch.no_grad():
+                self._outputs(w[:1], x[None], values, training=True, fold=0)
+            self.has_statistics = any(not torch.equal(before[k], b) for k, b in self._buffers[0].items())
+            self._buffers[0].update(before)
+        if self.has_statistics:  # they are written in place, which vmap cannot do
             self.stacked = False
             return
-        w = self.initial_weights().expand(2, -1)
         tensors = {k: w.new_tensor([v, v]) for k, v in values.items()}
         try:
             for training in (True, False):
@@ -343,24 +359,39 @@ class Objective:
         return per_row.mean(dim=1)
 
     def _outputs(
-        self, w: Tensor, x: Tensor, values: Mapping[str, Value], *, training: bool, fold: int | None = None
+        self,
+        w: Tensor,
+        x: Tensor,
+        values: Mapping[str, Value],
+        *,
+        training: bool,
+        keep: bool = True,
+        fold: int | None = None,
     ) -> Tensor:
         rates = {name: values[name] for name in self.reach if name in values}
         if len(w) > 1 and self.stacked:
             tensors = {k: torch.as_tensor(v, dtype=w.dtype, device=w.device).expand(len(w)) for k, v in rates.items()}
-            forward = partial(self._forward, training=training, fold=0)
+            forward = partial(self._forward, training=training, buffers=self._buffers[0])
             return vmap(forward, randomness="same")(self.named(w), tensors, x)
-        outputs, noise = [], torch.get_rng_state()
+        outputs, noise = [], rng_state(w.device)
         for i in range(len(w)):
-            torch.set_rng_state(noise)  # the same noise for every model, as in the stacked pass
+            set_rng_state(noise, w.device)  # the same noise for every model, as in the stacked pass
             named = {k: p[i] for k, p in self.named(w).items()}
             numbers = {k: float(v[i] if isinstance(v, Tensor) and v.dim() else v) for k, v in rates.items()}
-            owner = i * len(self._buffers) // len(w) if fold is None else fold
-            outputs.append(self._forward(named, numbers, x[i], training=training, fold=owner))
+            buffers = self._buffers[i * len(self._buffers) // len(w) if fold is None else fold]
+            if training and not keep:
+                buffers = {k: b.clone() for k, b in buffers.items()}
+            outputs.append(self._forward(named, numbers, x[i], training=training, buffers=buffers))
         return torch.stack(outputs)
 
     def _forward(
-        self, named: dict[str, Tensor], rates: Mapping[str, Value], x: Tensor, *, training: bool, fold: int
+        self,
+        named: dict[str, Tensor],
+        rates: Mapping[str, Value],
+        x: Tensor,
+        *,
+        training: bool,
+        buffers: dict[str, Tensor],
     ) -> Tensor:
         module = self._modules[training]
         changed = []
@@ -371,8 +402,7 @@ class Objective:
                     changed.append((sub, name, getattr(sub, name)))
                     setattr(sub, name, a + b * rate)
             args, kwargs = arguments(x, self.inputs)
-            state = {**named, **self._constants, **self._buffers[fold]}
-            return functional_call(module, state, args, kwargs, strict=True)
+            return functional_call(module, {**named, **self._constants, **buffers}, args, kwargs, strict=True)
         finally:  # leave no tensor of a vmapped pass behind
             for sub, name, value in reversed(changed):
                 setattr(sub, name, value)

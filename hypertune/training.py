@@ -31,6 +31,7 @@ from hypertune.algorithms import (
     descend_response,
     fit_response,
     joint,
+    settle,
     simplified,
 )
 from hypertune.batches import Batch, Minibatches
@@ -45,6 +46,7 @@ from hypertune.tunable import arrangements, find_reaches
 _VALID_BATCH = 256
 _SCREENED = 512  # settings that "global" ranks before its descent
 _GLOBAL_FIT = 0.75  # share of the steps of "global" that fit the response; the rest descends it
+_SETTLING = 50  # minibatches after which BatchNorm has forgotten what it was before
 _SIMPLIFIED_OFFSET = 2.0  # units of λ between λ̂'s start and the centre in "simplified"
 
 
@@ -139,7 +141,10 @@ def hyper_train(
                     bar.set_postfix(validation_loss=f"{trace.rows[-1]['validation_loss']:.4g}")
                 if stop:
                     break
-    response.params = space.decode(trace.average())
+        average = trace.average()
+        for _ in range(_SETTLING if objective.has_statistics else 0):  # running statistics at the tuned setting
+            settle(problem, phi, average, next(train_batches))
+    response.params = space.decode(average)
     phi.center = phi.center.detach().clone()
     phi.requires_grad_(False)
     response.folds = [fold.without_training_rows() for fold in folds]
@@ -218,7 +223,7 @@ def _problem(
     names = {name: folds[0].net.loss_names.get(short, short) for name, short in own.items()}
     of_weights = {h.name: objective.index(h.shape) for h in space.hyperparameters if isinstance(h.shape, Mapping)}
 
-    def train_loss(w: Tensor, lam: Tensor, batch: Batch) -> Tensor:
+    def train_loss(w: Tensor, lam: Tensor, batch: Batch, *, keep_statistics: bool = False) -> Tensor:
         K, m, _ = w.shape
         values, repeated = {}, batch.repeat(m)
         for name, v in space.values(lam).items():
@@ -227,12 +232,19 @@ def _problem(
                 continue
             v = v[:, of_weights[name]] if name in of_weights else v
             values[names[name]] = v.repeat(K, *(1,) * (v.dim() - 1))
-        return objective.train_loss(w.flatten(0, 1), values, repeated).view(K, m)
+        loss = objective.train_loss(w.flatten(0, 1), values, repeated, keep_statistics=keep_statistics)
+        return loss.view(K, m)
+
+    def keep(w: Tensor, lam: Tensor, batch: Batch) -> None:
+        train_loss(w, lam, batch, keep_statistics=True)
 
     def valid_loss(w: Tensor, batch: Batch) -> Tensor:
         return objective.valid_loss(w[:, 0], batch)[:, None]
 
-    return Problem(train_loss, valid_loss, train_batches, valid_batches, space.low.to(like), space.high.to(like))
+    low, high = space.low.to(like), space.high.to(like)
+    return Problem(
+        train_loss, valid_loss, train_batches, valid_batches, low, high, keep if objective.has_statistics else None
+    )
 
 
 def _phi_optimizer(net: Net, phi: Hypernetwork, kind: str, steps: int) -> tuple[ResponseOptimizer, list[LRScheduler]]:
@@ -276,7 +288,7 @@ def _run(
         yield from simplified(problem, phi, lam_hat, phi_optimizer, lam_optimizer, warmup=warmup, adjoint=adjoint)
     else:
         sample = _prior(space, lam_hat, scale, seed, None if adjoint is None else adjoint.coordinates)
-        for step in fit_response(problem, phi, phi_optimizer, sample, m=m or 8):
+        for step in fit_response(problem, phi, phi_optimizer, sample, lam_hat, m=m or 8):
             yield step
             if step.number == phi_steps:
                 break

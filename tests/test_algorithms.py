@@ -74,7 +74,7 @@ def test_the_written_out_gradient_of_phi_is_autograd_s(ridge: Ridge, name: str):
         hypernetwork.parameters(), torch.autograd.grad(loss, list(hypernetwork.parameters())), strict=True
     )]  # fmt: skip
     plain = PlainOptimizer(hypernetwork, torch.optim.SGD(hypernetwork.parameters(), lr=0.1))
-    next(fit_response(ridge.problem(), hypernetwork, plain, lambda m: lam, m=3))
+    next(fit_response(ridge.problem(), hypernetwork, plain, lambda m: lam, lam[0], m=3))
     assert_close([p.detach() for p in hypernetwork.parameters()], expected)
 
 
@@ -139,7 +139,7 @@ def _tune(ridge: Ridge, algorithm: str, name: str, steps: int = 3000) -> tuple[T
         def sample(m: int) -> Tensor:
             return -1.0 + 1.5 * torch.randn(m, 1, generator=g, dtype=torch.float64)
 
-        run = fit_response(problem, hypernetwork, phi, sample, m=8)
+        run = fit_response(problem, hypernetwork, phi, sample, lam_hat, m=8)
     for step in itertools.islice(run, steps):
         decay[0].step()
         if step.valid_loss is not None:
@@ -193,7 +193,7 @@ def test_theorem_2_1_an_mlp_hypernetwork_reaches_the_minimum_over_the_whole_supp
     g = torch.Generator().manual_seed(0)
     run = fit_response(
         ridge.problem(), hypernetwork, PlainOptimizer(hypernetwork, optimizer),
-        lambda m: 5 * torch.rand(m, 1, generator=g, dtype=torch.float64) - 3, m=16,
+        lambda m: 5 * torch.rand(m, 1, generator=g, dtype=torch.float64) - 3, center, m=16,
     )  # fmt: skip
     for _ in itertools.islice(run, 4000):
         decay.step()

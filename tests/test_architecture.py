@@ -16,7 +16,7 @@ ROOMS = {  # room -> the rooms it may import from
     "batches": set(),
     "hypernetworks": set(),
     "losses": {"modules"},
-    "objective": {"batches", "losses", "modules"},
+    "objective": {"batches", "losses", "modules", "randomness"},
     "algorithms": {"hypernetworks"},
     "estimator": {"batches", "callbacks", "factory", "losses", "modules", "objective", "randomness"},
     "skorch": {"batches", "estimator", "losses", "modules", "objective", "randomness"},

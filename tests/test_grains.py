@@ -91,7 +91,7 @@ def test_the_tuned_loss_is_the_loss_that_the_estimator_trains(iris, grain):
     net = clone(NET)
     rows = net._encode(X, y)
     folds = [type(folds[0])(net, None, rows, rows)]
-    _, objective, w0 = stack(space, "", folds, 0)
+    _, objective, w0 = stack(space, "", folds, len(X), 0)
     problem = _problem(space, "", objective, folds, Minibatches([rows], 64, seed=0), 0, w0)
     lam = space.sample(3, np.random.default_rng(0))
     batch = Batch(rows.x[None], rows.y[None])
