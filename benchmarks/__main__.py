@@ -8,11 +8,14 @@ from pathlib import Path
 
 from benchmarks.comparison import compare
 from benchmarks.cost import measure_step_cost
-from benchmarks.problems import digits, mnist_mlp
+from benchmarks.problems import digits, mnist_conv, mnist_mlp
+from benchmarks.relevance import measure_relevance
 
 NAMES = {
     "digits": "the main job: MLP 64-64 on digits, 5 hyperparameters, 3 folds, against TPE and random search (2 minutes a seed)",
     "mnist-mlp": "784-256-256-10 on 5,000 MNIST images, 6 hyperparameters, against TPE's best of 30 (6 minutes a seed)",
+    "mnist-conv": "a small ConvNet with BatchNorm on 5,000 MNIST images, 8 hyperparameters, 4 of them per layer (5 minutes a seed)",
+    "per-feature": "one weight decay per feature against one for all, nested cross-validation on two tables (3 minutes a seed)",
     "step-cost": "seconds of one joint step over seconds of one plain training step, 784-256-256-10, n = 6 (1 minute)",
 }
 
@@ -34,6 +37,10 @@ def main(argv: list[str] | None = None) -> None:
         compare(digits, arguments.seeds, arguments.out)
     elif arguments.name == "mnist-mlp":
         compare(partial(mnist_mlp, directory=arguments.mnist), arguments.seeds, arguments.out, tpe_trials=30)
+    elif arguments.name == "mnist-conv":
+        compare(partial(mnist_conv, directory=arguments.mnist), arguments.seeds, arguments.out)
+    elif arguments.name == "per-feature":
+        measure_relevance(arguments.seeds)
     else:
         measure_step_cost()
 

@@ -89,3 +89,21 @@ def three_dropouts(
         nn.Dropout(dropout_1), nn.Linear(256, 256), nn.ReLU(),
         nn.Dropout(dropout_2), nn.Linear(256, n_outputs),
     )  # fmt: skip
+
+
+@model_factory
+def convnet(
+    n_features_in: tuple[int, int, int],
+    n_outputs: int,
+    *,
+    dropout_0: float = 0.0,
+    dropout_1: float = 0.0,
+    dropout_2: float = 0.0,
+) -> nn.Module:
+    """Two strided convolutions with BatchNorm and two linear layers, each but the first with a dropout rate before it."""
+    return nn.Sequential(
+        nn.Conv2d(n_features_in[0], 16, 5, stride=2), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Dropout2d(dropout_0), nn.Conv2d(16, 32, 3, stride=2), nn.BatchNorm2d(32), nn.ReLU(), nn.Flatten(),
+        nn.Dropout(dropout_1), nn.Linear(32 * 25, 64), nn.ReLU(),
+        nn.Dropout(dropout_2), nn.Linear(64, n_outputs),
+    )  # fmt: skip

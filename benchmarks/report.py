@@ -20,6 +20,7 @@ import torch
 from benchmarks.solvers import Found
 from hypertune.space import Space
 
+_SHOWN = 20  # paths of one hyperparameter of a finer grain
 _COLORS = {"hypertune": "C3", "tpe": "C0", "random": "C2", "defaults": "0.5"}
 
 
@@ -29,13 +30,19 @@ def table(rows: Sequence[Found]) -> str:
     lines = [header, "-" * len(header)]
     for name in dict.fromkeys(row.solver for row in rows):
         own = [row for row in rows if row.solver == name]
-        params = ", ".join(f"{k.rpartition('__')[2]}={v:.3g}" for k, v in own[0].params.items()) or "as given"
+        params = ", ".join(f"{k.rpartition('__')[2]}={_short(v)}" for k, v in own[0].params.items()) or "as given"
         lines.append(
             f"{name:<12}{np.median([r.seconds for r in own]):>9.1f}{np.median([r.settings for r in own]):>10.0f}"
             f"{_mean([r.cv_loss for r in own]):>18}{_mean([r.test_loss for r in own]):>18}"
             f"{np.mean([r.test_accuracy for r in own]):>15.4f}  {params}"
         )
     return "\n".join(lines)
+
+
+def _short(value: Any) -> str:
+    """A number, or the numbers of a finer grain from the smallest to the largest."""
+    numbers = np.concatenate([np.ravel(v) for v in (value.values() if isinstance(value, Mapping) else [value])])
+    return f"{numbers[0]:.3g}" if numbers.size == 1 else f"{numbers.min():.3g}..{numbers.max():.3g} ({numbers.size})"
 
 
 def _mean(values: Sequence[float]) -> str:
@@ -80,8 +87,11 @@ def picture(rows: Sequence[tuple[int, Found]], space: Mapping[str, Any], title: 
     declared = Space.from_distributions(space)
     path_of = next(found.path for _, found in rows if found.path)
     for h in declared.hyperparameters:
-        lam = np.array([h.encode(value) for value in path_of[h.name]])
-        bottom.plot(path_of["epoch"], (lam - h.low) / (h.high - h.low), label=h.name.rpartition("__")[2])
+        lam = (h.to_lam(np.array(path_of[h.name])) - h.low) / (h.high - h.low)
+        lines = bottom.plot(path_of["epoch"], lam if lam.ndim == 1 else lam[:, :_SHOWN])
+        lines[0].set_label(h.name.rpartition("__")[2] + ("" if h.grain is None else f", per {h.grain}"))
+        for line in lines[1:]:
+            line.set(color=lines[0].get_color(), alpha=0.6)
     bottom.set(
         xlabel="epoch of the hyper-training",
         ylabel="λ̂, from its lower to its upper bound",

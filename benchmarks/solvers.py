@@ -6,21 +6,21 @@ held-out rows is off the clock and done here for everybody alike.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import optuna
-from scipy.stats import loguniform
 from sklearn.base import clone
 from sklearn.metrics import accuracy_score, log_loss
-from sklearn.model_selection import ParameterSampler, RandomizedSearchCV, cross_val_score
+from sklearn.model_selection import cross_val_score
 
 from benchmarks.problems import Problem
 from hypertune import HyperTrainingSearchCV
-from hypertune.space import Space
+from hypertune.space import Hyperparameter
 
 SCORING = "neg_log_loss"
 
@@ -32,11 +32,11 @@ class Found:
     ``curve`` holds (seconds, best validation loss so far) and ``path`` the trace of a hyper-training.
     """
 
-    params: dict[str, float]
+    params: dict[str, Any]
     settings: int
     cv_loss: float
     curve: list[tuple[float, float]]
-    path: dict[str, list[float]] = field(default_factory=dict)
+    path: dict[str, list[Any]] = field(default_factory=dict)
     solver: str = ""
     seconds: float = 0.0
     test_loss: float = float("nan")
@@ -79,7 +79,7 @@ def hypertune(problem: Problem, seconds: float, trials: int | None) -> Found:
         )
     )
     return Found(
-        search.best_params_,
+        {name: _plain(value) for name, value in search.best_params_.items()},
         len(search.cv_results_["params"]),
         -float(search.cv_results_["mean_test_score"].max()),
         curve,
@@ -96,46 +96,42 @@ def tpe(problem: Problem, seconds: float, trials: int | None) -> Found:
     start = time.perf_counter()
     curve: list[tuple[float, float]] = []
 
+    space, own = problem.coordinates, problem.estimator.get_params()
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=problem.seed))
+    current = space.decode(space.encode({name: own[name] for name in space.names}))
+    study.enqueue_trial({
+        name if h.shape is None else f"{name}[{j}]": value
+        for h, name in zip(space.hyperparameters, space.names, strict=True)
+        for j, value in enumerate(h.flatten(current[name]))
+    })  # fmt: skip
+
+    def suggest(trial: optuna.Trial, h: Hyperparameter) -> Any:
+        names = [h.name] if h.shape is None else [f"{h.name}[{j}]" for j in range(h.size)]
+        log = h.coordinate == "log"
+        return h.arrange(np.array([trial.suggest_float(name, *h.support, log=log) for name in names]))
+
     def objective(trial: optuna.Trial) -> float:
-        params = {}
-        for name, prior in problem.space.items():
-            low, high = prior.support()
-            params[name] = trial.suggest_float(name, low, high, log=_is_log(prior))
+        params = {h.name: suggest(trial, h) for h in space.hyperparameters}
+        trial.set_user_attr("params", {name: _plain(value) for name, value in params.items()})
         loss = _cv_loss(problem, params)
         curve.append((time.perf_counter() - start, min([loss] + [best for _, best in curve])))
         return loss
 
-    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=problem.seed))
-    space, own = Space.from_distributions(problem.space), problem.estimator.get_params()
-    study.enqueue_trial(space.decode(space.encode({name: own[name] for name in space.names})))
     study.optimize(objective, timeout=None if trials else seconds, n_trials=trials)
-    return Found(dict(study.best_params), len(study.trials), float(study.best_value), curve)
+    return Found(study.best_trial.user_attrs["params"], len(study.trials), float(study.best_value), curve)
 
 
 def random(problem: Problem, seconds: float, trials: int | None) -> Found:
-    """RandomizedSearchCV with as many settings as fit the seconds, counted from one random setting timed off the clock, rounded up."""
-    if trials is None:
-        start = time.perf_counter()
-        _cv_loss(problem, next(iter(ParameterSampler(problem.space, 1, random_state=problem.seed))))
-        trials = max(1, int(np.ceil(seconds / (time.perf_counter() - start))))
-    search = RandomizedSearchCV(
-        problem.estimator,
-        problem.space,
-        n_iter=trials,
-        cv=problem.cv,
-        scoring=SCORING,
-        refit=False,
-        random_state=problem.seed,
-    ).fit(problem.X, problem.y)
-    results = search.cv_results_
-    each = (results["mean_fit_time"] + results["mean_score_time"]) * search.n_splits_
-    best = np.minimum.accumulate(-results["mean_test_score"])
-    return Found(
-        dict(search.best_params_),
-        len(best),
-        -float(search.best_score_),
-        list(zip(np.cumsum(each).tolist(), best.tolist(), strict=True)),
-    )
+    """Settings drawn from the declared distributions. One that has begun when the seconds are over is finished and counts."""
+    start, space = time.perf_counter(), problem.coordinates
+    rng = np.random.default_rng(problem.seed)
+    curve: list[tuple[float, float]] = []
+    best: tuple[float, dict[str, Any]] = (math.inf, {})
+    while not curve or (len(curve) < trials if trials else curve[-1][0] < seconds):
+        params = space.decode(space.sample(1, rng)[0])
+        best = min(best, (_cv_loss(problem, params), params), key=lambda pair: pair[0])
+        curve.append((time.perf_counter() - start, best[0]))
+    return Found({name: _plain(value) for name, value in best[1].items()}, len(curve), best[0], curve)
 
 
 def defaults(problem: Problem, seconds: float, trials: int | None) -> Found:
@@ -147,10 +143,13 @@ def defaults(problem: Problem, seconds: float, trials: int | None) -> Found:
 SOLVERS: dict[str, Solver] = {"defaults": defaults, "hypertune": hypertune, "tpe": tpe, "random": random}
 
 
-def _cv_loss(problem: Problem, params: dict[str, float]) -> float:
+def _cv_loss(problem: Problem, params: dict[str, Any]) -> float:
     model = clone(problem.estimator).set_params(**params)
     return -float(cross_val_score(model, problem.X, problem.y, cv=problem.cv, scoring=SCORING).mean())
 
 
-def _is_log(prior: Any) -> bool:
-    return prior.dist.name == loguniform(1, 2).dist.name
+def _plain(value: Any) -> Any:
+    """Numbers, lists and dicts of them, for JSON and for ``set_params``."""
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return np.asarray(value).tolist()
