@@ -153,9 +153,9 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
     _checks: Mapping[str, Any]
     _row_shape: tuple[int, ...]
     loss_names: ClassVar[Mapping[str, str]] = {name: name for name in LOSS_HYPERPARAMETERS}
-    # What a search puts on the estimator that it clones: best responses to take the weights from, under
-    # evaluate="hypernetwork", and the row numbers of its folds, by fingerprint of their rows.
-    _responses: Sequence[Any] = ()
+    # What a search puts on the estimator that it clones: where weights for its folds' rows may be known already (candidates
+    # that were retrained together, or a best response), and the row numbers of its folds by fingerprint of their rows.
+    _known: Sequence[Any] = ()
     _row_numbers: dict[str, np.ndarray] | None = None
 
     @with_callbacks
@@ -179,9 +179,8 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
             For unusable data or parameters, before any training; and if the training loss is no longer finite.
         """
         rows = self._encode(X, y, sample_weight)
-        for response in self._responses:
-            if (known := response.module_for(self, rows)) is not None:
-                return self._adopt(known)
+        if any(known.fit_known(self, rows) for known in self._known):
+            return self
         seed = draw_seed(self.random_state)
         metadata = None if sample_weight is None else {"sample_weight": sample_weight}
         with isolated(seed, self.device), fit_task(self, self.max_epochs, X=X, y=y, metadata=metadata) as end_epoch:
@@ -257,7 +256,7 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
 
     def __sklearn_clone__(self) -> Self:
         copy = super().__sklearn_clone__()
-        vars(copy).update({name: value for name, value in vars(self).items() if name in ("_responses", "_row_numbers")})
+        vars(copy).update({name: value for name, value in vars(self).items() if name in ("_known", "_row_numbers")})
         return copy
 
     # --- parts, shared with hyper-training -------------------------------------------------------------------------
@@ -444,8 +443,8 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
 
 
 def fingerprint(*arrays: Any) -> str:
-    """The same for the same arrays, in any process."""
-    return joblib.hash(arrays)
+    """The same for the same arrays or tensors, in any process."""
+    return joblib.hash([a.cpu().numpy() if isinstance(a, Tensor) else a for a in arrays])
 
 
 def scheduled(

@@ -48,7 +48,7 @@ class Fold:
     def without_training_rows(self) -> Fold:
         """What a trained response needs of the fold: a search that is kept or pickled holds no copy of its training data."""
         nothing = Rows(self.train.x[:0], self.train.y[:0])
-        return replace(self, train=nothing, key=_key(self.train))
+        return replace(self, train=nothing, key=fingerprint(*self.train[:3]))
 
 
 @dataclass
@@ -129,15 +129,15 @@ class BestResponse:
 
     # --- what the search needs ---------------------------------------------------------------------------------------
 
-    def module_for(self, net: Net, rows: Rows) -> nn.Module | None:
-        """The module at ``net``'s setting if ``rows`` are the training rows of a fold, else None."""
-        keys, key = [fold.key for fold in self.folds], _key(rows)
+    def fit_known(self, net: Net, rows: Rows) -> bool:
+        """Fit ``net`` by w_φ at its setting, if ``rows`` are the training rows of a fold; says whether it did."""
+        keys, key = [fold.key for fold in self.folds], fingerprint(*rows[:3])
         if key not in keys:
-            return None
-        fold = keys.index(key)
+            return False
         own = net.get_params()
         setting = {name: own[name.removeprefix(self.prefix)] for name in self.space.names}
-        return self._module(net, self._lam([setting]), fold)
+        net._adopt(self._module(net, self._lam([setting]), keys.index(key)))
+        return True
 
     def _module(self, net: Net, lam: Tensor, fold: int) -> nn.Module:
         with isolated(0, net.device):
@@ -170,10 +170,6 @@ class BestResponse:
 
     def _own(self, setting: Mapping[str, Value]) -> dict[str, Value]:
         return {name.removeprefix(self.prefix): value for name, value in setting.items()}
-
-
-def _key(rows: Rows) -> str:
-    return fingerprint(*(None if t is None else t.cpu().numpy() for t in rows[:3]))
 
 
 def _full_loss(objective: Objective, w: Tensor, rows: Rows, fold: int) -> Tensor:

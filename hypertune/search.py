@@ -35,6 +35,7 @@ from hypertune.estimator import Net, TorchEstimator
 from hypertune.hypernetworks import HYPERNETWORKS, Builder
 from hypertune.randomness import draw_seed
 from hypertune.response import Fold
+from hypertune.retraining import retrain
 from hypertune.space import Space
 from hypertune.training import hyper_train, stack
 from hypertune.tunable import check_names, with_rows
@@ -274,33 +275,27 @@ class HyperTrainingSearchCV(BaseSearchCV):
         own = {"estimator": self.estimator, "cv": self.cv}
         if isinstance(self.cv, Iterator):  # it is gone through twice: by the hyper-training and by the verification
             self.cv = list(self.cv)
-        if self.evaluate == "hypernetwork":  # the folds' estimators look their weights up in what is put in here
-            self._responses: list[Any] = []
+        net = _last(self.estimator)
+        if isinstance(net, TorchEstimator):
+            # The clones of this one look here for weights that are known already, and for the numbers of their rows.
             self.estimator = clone(self.estimator)
-            net = _net(self.estimator)
-            if not isinstance(net, TorchEstimator):
-                raise ValueError("evaluate='hypernetwork' needs a TorchClassifier or TorchRegressor; use 'retrain'.")
-            net._responses = self._responses
+            self._known: list[Any] = []
+            _last(self.estimator)._known = self._known
+            if net.sample_weight is not None or f"{_prefix(self.estimator)}sample_weight" in self.param_distributions:
+                _last(self.estimator)._row_numbers = {}
+        elif self.evaluate == "hypernetwork":
+            raise ValueError("evaluate='hypernetwork' needs a TorchClassifier or TorchRegressor; use 'retrain'.")
         self._inputs = indexable(X, y)
-        if self._weighs_rows():
-            self.estimator = clone(self.estimator)
-            _net(self.estimator)._row_numbers = {}  # type: ignore[attr-defined]
         try:
             super().fit(X, y, **params)
         finally:
             self.__dict__.update(own)
-            for name in ("_inputs", "_routed", "_responses", "_callback_ctx"):
+            for name in ("_inputs", "_routed", "_known", "_callback_ctx"):
                 self.__dict__.pop(name, None)
         if hasattr(self, "best_estimator_") and isinstance(net := _last(self.best_estimator_), TorchEstimator):
-            for name in ("_responses", "_row_numbers"):
+            for name in ("_known", "_row_numbers"):
                 net.__dict__.pop(name, None)
         return self
-
-    def _weighs_rows(self) -> bool:
-        """Whether the estimator has a weight for each row of X, which has to find its rows again in every fold."""
-        net = _last(self.estimator)
-        tuned = f"{_prefix(self.estimator)}sample_weight" in self.param_distributions
-        return isinstance(net, TorchEstimator) and (tuned or net.sample_weight is not None)
 
     def _get_routed_params_for_fit(self, params: Any) -> Any:
         if self._inputs[1] is None and get_tags(self).target_tags.required:
@@ -371,9 +366,13 @@ class HyperTrainingSearchCV(BaseSearchCV):
             )
         self.best_response_ = response
         if self.evaluate == "hypernetwork":
-            self._responses.append(response)
+            self._known.append(response)
             return [response.params]
-        return [response.params, space.decode(current)]
+        candidates = [space.encode(response.params), current]
+        watched = hasattr(self, "_skl_callbacks")
+        if not watched and (retrained := retrain(space, prefix, folds, objective, torch.stack(candidates))) is not None:
+            self._known.append(retrained)
+        return [space.decode(lam) for lam in candidates]
 
     @contextmanager
     def _hyper_training_task(self, n_epochs: int) -> Iterator[Callable[..., bool]]:

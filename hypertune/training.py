@@ -219,21 +219,7 @@ def _problem(
         [fold.valid for fold in folds], max(folds[0].net.batch_size, _VALID_BATCH), seed=seed + 1
     )
 
-    own = {name: name.removeprefix(prefix) for name in space.names}
-    names = {name: folds[0].net.loss_names.get(short, short) for name, short in own.items()}
-    of_weights = {h.name: objective.index(h.shape) for h in space.hyperparameters if isinstance(h.shape, Mapping)}
-
-    def train_loss(w: Tensor, lam: Tensor, batch: Batch, *, keep_statistics: bool = False) -> Tensor:
-        K, m, _ = w.shape
-        values, repeated = {}, batch.repeat(m)
-        for name, v in space.values(lam).items():
-            if names[name] == "sample_weight":
-                repeated = repeated._replace(weight=train_batches.weighted(batch, v))
-                continue
-            v = v[:, of_weights[name]] if name in of_weights else v
-            values[names[name]] = v.repeat(K, *(1,) * (v.dim() - 1))
-        loss = objective.train_loss(w.flatten(0, 1), values, repeated, keep_statistics=keep_statistics)
-        return loss.view(K, m)
+    train_loss = make_train_loss(space, prefix, objective, folds[0].net, train_batches)
 
     def keep(w: Tensor, lam: Tensor, batch: Batch) -> None:
         train_loss(w, lam, batch, keep_statistics=True)
@@ -245,6 +231,32 @@ def _problem(
     return Problem(
         train_loss, valid_loss, train_batches, valid_batches, low, high, keep if objective.has_statistics else None
     )
+
+
+def make_train_loss(
+    space: Space, prefix: str, objective: Objective, net: Net, train_batches: Minibatches | None
+) -> Callable[..., Tensor]:
+    """L_Train as a function of λ: ``(w (K, m, D), lam (m, n), batch of K × B rows) -> (K, m)``.
+
+    ``train_batches`` is asked for the weights of single training rows, where these are hyperparameters.
+    """
+    own = {name: name.removeprefix(prefix) for name in space.names}
+    names = {name: net.loss_names.get(short, short) for name, short in own.items()}
+    of_weights = {h.name: objective.index(h.shape) for h in space.hyperparameters if isinstance(h.shape, Mapping)}
+
+    def train_loss(w: Tensor, lam: Tensor, batch: Batch, *, keep_statistics: bool = False) -> Tensor:
+        K, m, _ = w.shape
+        values, repeated = {}, batch.repeat(m)
+        for name, v in space.values(lam).items():
+            if names[name] == "sample_weight":
+                repeated = repeated._replace(weight=train_batches.weighted(batch, v))  # type: ignore[union-attr]
+                continue
+            v = v[:, of_weights[name]] if name in of_weights else v
+            values[names[name]] = v.repeat(K, *(1,) * (v.dim() - 1))
+        loss = objective.train_loss(w.flatten(0, 1), values, repeated, keep_statistics=keep_statistics)
+        return loss.view(K, m)
+
+    return train_loss
 
 
 def _phi_optimizer(net: Net, phi: Hypernetwork, kind: str, steps: int) -> tuple[ResponseOptimizer, list[LRScheduler]]:

@@ -35,8 +35,10 @@ ROOMS = {  # room -> the rooms it may import from
             "tunable",
         ),
     },
+    "retraining": {"batches", "estimator", "objective", "randomness", "response", "space", "training"},
     "search": {
         "callbacks",
+        "retraining",
         "skorch",
         "estimator",
         "hypernetworks",

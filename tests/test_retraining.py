@@ -1,0 +1,96 @@
+"""Candidates retrained together are what each would be in a fit of its own."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose
+from scipy.stats import loguniform, uniform
+from sklearn.base import clone
+from sklearn.model_selection import StratifiedKFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import nn
+
+from hypertune import MLP, HyperTrainingSearchCV, TorchClassifier, per_unit
+from hypertune.response import Fold
+from hypertune.retraining import Retrained, retrain
+from hypertune.space import Space
+from hypertune.training import stack
+
+SPACE = {"weight_decay": per_unit(loguniform(1e-6, 1e0)), "module__dropout": uniform(0, 0.5)}
+NET = TorchClassifier(MLP(hidden=(8,), dropout=0.1), max_epochs=8, batch_size=16, input_noise=0.1, random_state=3)
+
+
+def search(net=NET, space=SPACE, **params) -> HyperTrainingSearchCV:
+    return HyperTrainingSearchCV(net, space, cv=3, random_state=0, error_score="raise", **params)
+
+
+@pytest.fixture
+def used(monkeypatch) -> list[bool]:
+    answers: list[bool] = []
+    own = Retrained.fit_known
+
+    def recorded(self, net, rows):
+        answers.append(own(self, net, rows))
+        return answers[-1]
+
+    monkeypatch.setattr(Retrained, "fit_known", recorded)
+    return answers
+
+
+def test_scores_and_losses_are_those_of_single_fits(iris, used):
+    X, y = iris
+    found = search(scoring="neg_log_loss").fit(X, y)
+    assert used == [True] * 6 + [False]  # two candidates on three folds; the refit trains
+    for row, params in enumerate(found.cv_results_["params"]):
+        for k, (train, valid) in enumerate(StratifiedKFold(3).split(X, y)):
+            net = clone(NET).set_params(**params).fit(X[train], y[train])
+            proba = net.predict_proba(X[valid])[np.arange(len(valid)), y[valid]]
+            assert_allclose(found.cv_results_[f"split{k}_test_score"][row], np.log(proba).mean(), rtol=1e-3)
+
+
+def test_a_retrained_net_knows_its_losses(iris):
+    X, y = iris
+    rows = np.arange(len(X))
+    found = HyperTrainingSearchCV(NET, SPACE, cv=[(rows, rows)], random_state=0).fit(X, y)
+    alone = clone(NET).set_params(**found.best_params_).fit(X, y)  # the fold is all rows: the refit is known already
+    assert_allclose(found.best_estimator_.loss_curve_, alone.loss_curve_, rtol=1e-4)
+    assert found.best_estimator_.n_iter_ == 8
+
+
+def test_through_a_pipeline(iris, used):
+    space = {f"torchclassifier__{name}": prior for name, prior in SPACE.items()}
+    search(make_pipeline(StandardScaler(), NET), space).fit(*iris)
+    assert used == [True] * 6 + [False]
+
+
+def test_a_diverging_candidate_is_left_to_its_own_fit(iris):
+    """Its weights are not handed out, and the other candidate's are those of a fit of its own."""
+    X, y = iris
+    net = clone(NET).set_params(optimizer="sgd", lr=0.1)
+    rows = net._encode(X, y)
+    space = Space.from_distributions({"weight_decay": loguniform(1e-6, 1e30)})
+    space, objective, _ = stack(space, "", [Fold(net, None, rows, rows)], len(X), 0)
+    lam = torch.stack([space.encode({"weight_decay": strength}) for strength in (1e-3, 1e20)])
+    known = retrain(space, "", [Fold(net, None, rows, rows)], objective, lam)
+    good, bad, other = (clone(net).set_params(weight_decay=strength) for strength in (1e-3, 1e20, 1e-2))
+    assert [known.fit_known(one, one._encode(X, y)) for one in (good, bad, other)] == [True, False, False]
+    alone = clone(good).fit(X, y)
+    assert_allclose(good.predict_proba(X), alone.predict_proba(X), rtol=1e-3)
+    with pytest.raises(ValueError, match="the training loss became nan"):
+        bad.fit(X, y)
+
+
+class Normed(nn.Sequential):
+    def __init__(self, n, m):
+        super().__init__(nn.Linear(n, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, m))
+
+
+@pytest.mark.parametrize("change", [{"module": Normed}, {"verbose": 1}])
+def test_where_they_cannot_be_stacked_each_is_fitted_alone(iris, used, change, capsys):
+    net = clone(NET).set_params(**change)
+    found = search(net, {"weight_decay": loguniform(1e-6, 1e0)}).fit(*iris)
+    assert not any(used)
+    assert np.isfinite(found.best_score_)
