@@ -6,12 +6,15 @@ import argparse
 from functools import partial
 from pathlib import Path
 
+from benchmarks.arena import fight
 from benchmarks.comparison import compare
 from benchmarks.cost import measure_step_cost
-from benchmarks.problems import digits, mnist_conv, mnist_mlp
+from benchmarks.problems import ARENA, digits, mnist_conv, mnist_mlp
 from benchmarks.relevance import measure_relevance
+from benchmarks.solvers import SOLVERS
 
 NAMES = {
+    "arena": "every solver on every problem at our wall clock; resumes where it was (hours; --problems, --solvers, --patience)",
     "digits": "the main job: MLP 64-64 on digits, 5 hyperparameters, 3 folds, against TPE and random search (2 minutes a seed)",
     "mnist-mlp": "784-256-256-10 on 5,000 MNIST images, 6 hyperparameters, against TPE's best of 30 (6 minutes a seed)",
     "mnist-conv": "a small ConvNet with BatchNorm on 5,000 MNIST images, 8 hyperparameters, 4 of them per layer (5 minutes a seed)",
@@ -29,10 +32,24 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--out", metavar="DIR", type=Path, default=Path(__file__).parent / "out", help="where results go"
     )
+    parser.add_argument("--problems", nargs="+", choices=list(ARENA), default=list(ARENA), metavar="PROBLEM")
+    parser.add_argument("--solvers", nargs="+", choices=list(SOLVERS), default=list(SOLVERS), metavar="SOLVER")
+    parser.add_argument(
+        "--patience", type=float, default=1.0, help="others go on to match us for so many times our seconds"
+    )
     arguments = parser.parse_args(argv)
     if arguments.name == "list":
         for name, line in NAMES.items():
             print(f"{name:<12}{line}")
+    elif arguments.name == "arena":
+        fight(
+            arguments.problems,
+            arguments.solvers,
+            arguments.seeds,
+            arguments.out,
+            arguments.mnist,
+            arguments.patience,
+        )
     elif arguments.name == "digits":
         compare(digits, arguments.seeds, arguments.out)
     elif arguments.name == "mnist-mlp":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,11 +33,11 @@ def compare(make: Callable[[int], Problem], seeds: int, out: Path, *, tpe_trials
     with tqdm(total=seeds * len(methods), unit="run") as bar:
         for seed in range(seeds):
             problem = make(seed)
-            seconds = 0.0
+            seconds = math.inf
             for method in methods:
                 bar.set_description(f"{problem.name}, seed {seed}, {method}")
-                fixed = method.startswith("tpe-")
-                found = solvers.run(method.partition("-")[0], problem, seconds, tpe_trials if fixed else None)
+                trials = tpe_trials if method.startswith("tpe-") else None
+                found = solvers.run(method.partition("-")[0], problem, seconds, trials=trials)
                 found.solver = method
                 if method == "hypertune":
                     seconds = found.seconds

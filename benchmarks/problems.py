@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from scipy.stats import loguniform, uniform
 from sklearn.base import clone
-from sklearn.datasets import load_digits
-from sklearn.model_selection import PredefinedSplit, StratifiedKFold, train_test_split
+from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, load_iris, load_wine
+from sklearn.model_selection import KFold, PredefinedSplit, StratifiedKFold, train_test_split
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from benchmarks import mnist
-from hypertune import MLP, TorchClassifier, per_layer
+from hypertune import MLP, TorchClassifier, TorchRegressor, per_feature, per_layer, per_unit
 from hypertune.space import Space
 from hypertune.tunable import arrangements
 
@@ -49,39 +51,112 @@ class Problem:
     y_test: np.ndarray
     refit_rows: int | None = None
 
+    scoring: str = "neg_log_loss"
+
+    @property
+    def prefix(self) -> str:
+        """What precedes the net's own parameter names."""
+        return f"{self.estimator.steps[-1][0]}__" if isinstance(self.estimator, Pipeline) else ""
+
     @property
     def coordinates(self) -> Space:
         """The space with every hyperparameter of a finer grain resolved, so that a black-box search can name each number."""
-        step = self.estimator.steps[-1] if isinstance(self.estimator, Pipeline) else ("", self.estimator)
-        prefix = f"{step[0]}__" if step[0] else ""
-        net = clone(step[1])
+        net = clone(self.estimator.steps[-1][1] if self.prefix else self.estimator)
         rows = net._encode(self.X, self.y)
+        objective = net._make_objective(net._build_module())
         space = Space.from_distributions(self.space)
-        return space.resolve(
-            arrangements(net, net._make_objective(net._build_module()), space, prefix, rows.x[:2], len(self.X))
-        )
+        return space.resolve(arrangements(net, objective, space, self.prefix, rows.x[:2], len(self.X)))
+
+    @property
+    def current(self) -> dict[str, Any]:
+        """The estimator's own setting, inside the declared bounds: where every solver starts."""
+        space, own = self.coordinates, self.estimator.get_params()
+        return space.decode(space.encode({name: own[name] for name in space.names}))
+
+
+# --- small tables -----------------------------------------------------------------------------------------------------------
+
+LOADERS: dict[str, Callable[..., Any]] = {
+    "breast_cancer": load_breast_cancer,
+    "wine": load_wine,
+    "iris": load_iris,
+    "diabetes": load_diabetes,
+    "digits": load_digits,
+}
+_DECAY = loguniform(1e-6, 1e1)
+SPACES: dict[str, dict[str, Any]] = {  # by what they hold; all under the net's own names
+    "decay": {"weight_decay": _DECAY},
+    "three": {"weight_decay": _DECAY, "module__dropout": uniform(0, 0.8), "input_noise": uniform(0, 1)},
+    "five": {
+        "weight_decay": _DECAY,
+        "label_smoothing": uniform(0, 0.3),
+        "input_noise": uniform(0, 1),
+        "module__input_dropout": uniform(0, 0.8),
+        "module__dropout": uniform(0, 0.8),
+    },
+}
+SPACES["six"] = SPACES["five"] | {"mixup": uniform(0, 1)}
+SPACES["layers"] = SPACES["six"] | {"weight_decay": per_layer(_DECAY), "l1": per_layer(loguniform(1e-7, 1e0))}
+SPACES["features"] = {"weight_decay": per_feature(_DECAY), "module__dropout": uniform(0, 0.8)}
+SPACES["units"] = SPACES["five"] | {"weight_decay": per_unit(_DECAY)}
+
+
+def table(
+    name: str,
+    seed: int,
+    data: str,
+    space: str,
+    *,
+    rows: int | None = None,
+    flipped: float = 0.0,
+    noise_features: int = 0,
+) -> Problem:
+    """A table of scikit-learn's, 60/40 split, standardised; MLP 64-64 with the estimator's defaults; 3 folds.
+
+    Parameters
+    ----------
+    data : str
+        One of :data:`LOADERS`.
+    space : str
+        One of :data:`SPACES`.
+    rows : int, optional
+        Keep so many rows to tune on.
+    flipped : float
+        Share of the labels to tune on that are replaced by others; test labels stay.
+    noise_features : int
+        Columns of noise to add.
+    """
+    X, y = LOADERS[data](return_X_y=True)
+    rng, regression = np.random.default_rng(seed), data == "diabetes"
+    if noise_features:
+        X = np.column_stack([X, X.std() * rng.normal(size=(len(X), noise_features))])
+    X, X_test, y, y_test = train_test_split(X, y, test_size=0.4, random_state=seed, stratify=None if regression else y)
+    if rows:
+        X, _, y, _ = train_test_split(X, y, train_size=rows, random_state=seed, stratify=None if regression else y)
+    if flipped:
+        wrong, classes = rng.random(len(y)) < flipped, y.max() + 1
+        y = np.where(wrong, (y + rng.integers(1, classes, len(y))) % classes, y)
+    net = (TorchRegressor if regression else TorchClassifier)(MLP(hidden=(64, 64)), random_state=seed)
+    names = {k: v for k, v in SPACES[space].items() if not (regression and k == "label_smoothing")}
+    if regression:  # losses in units of the target's variance
+        y, y_test = (y - y.mean()) / y.std(), (y_test - y.mean()) / y.std()
+    return Problem(
+        name,
+        seed,
+        make_pipeline(StandardScaler(), net),
+        {f"{type(net).__name__.lower()}__{k}": v for k, v in names.items()},
+        (KFold if regression else StratifiedKFold)(3, shuffle=True, random_state=seed),
+        X, y, X_test, y_test,
+        scoring="neg_mean_squared_error" if regression else "neg_log_loss",
+    )  # fmt: skip
 
 
 def digits(seed: int) -> Problem:
-    """scikit-learn's digits, 60/40 split, MLP 64-64, 5 hyperparameters, 3 folds."""
-    X, y = load_digits(return_X_y=True)
-    X, X_test, y, y_test = train_test_split(X, y, test_size=0.4, random_state=seed, stratify=y)
-    step = "torchclassifier__"
-    return Problem(
-        "digits",
-        seed,
-        make_pipeline(StandardScaler(), TorchClassifier(MLP(hidden=(64, 64)), random_state=seed)),
-        {
-            step + "weight_decay": loguniform(1e-6, 1e1),
-            step + "label_smoothing": uniform(0, 0.3),
-            step + "input_noise": uniform(0, 1),
-            step + "module__input_dropout": uniform(0, 0.8),
-            step + "module__dropout": uniform(0, 0.8),
-        },
-        StratifiedKFold(3, shuffle=True, random_state=seed),
-        X, y, X_test, y_test,
-    )  # fmt: skip
+    """scikit-learn's digits, 5 hyperparameters."""
+    return table("digits", seed, "digits", "five")
 
+
+# --- MNIST -----------------------------------------------------------------------------------------------------------------------
 
 MNIST_SPACE = {
     "weight_decay": loguniform(1e-6, 1e0),
@@ -93,14 +168,25 @@ MNIST_SPACE = {
 }
 
 
-def mnist_mlp(seed: int, directory: str | None) -> Problem:
-    """784-256-256-10 on 5,000 MNIST images, validated on the last 10,000 training images; 6 hyperparameters, one split.
+def mnist_mlp(
+    seed: int,
+    directory: str | None,
+    *,
+    name: str = "mnist-mlp",
+    rows: int = 5_000,
+    valid_rows: int = 10_000,
+    epochs: int = 40,
+    per_unit_decay: bool = False,
+) -> Problem:
+    """784-256-256-10 on MNIST images, validated on the last training images; 6 hyperparameters, one split.
 
-    The 5,000 images are the seed's own draw from the first 50,000. Inputs in [0, 1]; Adam 1e-3, cosine, batch 250,
-    40 epochs.
+    The images are the seed's own draw from the first 50,000. Inputs in [0, 1]; Adam 1e-3, cosine, batch 250 (at most a tenth of
+    the rows).
     """
-    estimator = TorchClassifier(mnist.three_dropouts, lr=1e-3, batch_size=250, max_epochs=40, random_state=seed)
-    return _on_mnist("mnist-mlp", seed, directory, estimator, MNIST_SPACE, rows=5_000, valid_rows=10_000)
+    batch = min(250, rows // 10)
+    estimator = TorchClassifier(mnist.three_dropouts, lr=1e-3, batch_size=batch, max_epochs=epochs, random_state=seed)
+    space = MNIST_SPACE | ({"weight_decay": per_unit(MNIST_SPACE["weight_decay"])} if per_unit_decay else {})
+    return _on_mnist(name, seed, directory, estimator, space, rows=rows, valid_rows=valid_rows)
 
 
 def mnist_conv(seed: int, directory: str | None) -> Problem:
@@ -146,3 +232,35 @@ def _on_mnist(
         X_test, y_test,
         refit_rows=rows,
     )  # fmt: skip
+
+
+# --- the arena ---------------------------------------------------------------------------------------------------------------------
+
+
+def _table(seed: int, directory: str | None, *, name: str, of: dict[str, Any]) -> Problem:
+    return table(name, seed, **of)
+
+
+_TABLES: dict[str, dict[str, Any]] = {
+    "iris-3": {"data": "iris", "space": "three"},
+    "wine-6": {"data": "wine", "space": "six"},
+    "cancer-6": {"data": "breast_cancer", "space": "six"},
+    "diabetes-5": {"data": "diabetes", "space": "six"},
+    "digits-1": {"data": "digits", "space": "decay"},
+    "digits-6": {"data": "digits", "space": "six"},
+    "digits200-6": {"data": "digits", "space": "six", "rows": 200},
+    "digits-flipped-6": {"data": "digits", "space": "six", "flipped": 0.2},
+    "digits-noise-6": {"data": "digits", "space": "six", "noise_features": 50},
+    "digits-11": {"data": "digits", "space": "layers"},
+    "cancer-33": {"data": "breast_cancer", "space": "features"},
+    "diabetes-noise-63": {"data": "diabetes", "space": "features", "noise_features": 50},
+}
+ARENA: dict[str, Callable[[int, str | None], Problem]] = {
+    name: partial(_table, name=name, of=of) for name, of in _TABLES.items()
+} | {
+    "mnist1000-6": partial(mnist_mlp, name="mnist1000-6", rows=1_000, valid_rows=2_000),
+    "mnist1000-527": partial(mnist_mlp, name="mnist1000-527", rows=1_000, valid_rows=2_000, per_unit_decay=True),
+    "mnist5000-6": partial(mnist_mlp, name="mnist5000-6", valid_rows=5_000),
+    "mnist20000-6": partial(mnist_mlp, name="mnist20000-6", rows=20_000, valid_rows=5_000, epochs=15),
+    "mnist5000-conv-8": mnist_conv,
+}

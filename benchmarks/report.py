@@ -16,6 +16,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.lines import Line2D
 
 from benchmarks.solvers import Found
 from hypertune.space import Space
@@ -102,12 +103,44 @@ def picture(rows: Sequence[tuple[int, Found]], space: Mapping[str, Any], title: 
     plt.close(figure)
 
 
-def save(rows: Sequence[tuple[int, Found]], name: str, path: Path) -> None:
-    """Every row with its problem, seed, versions and threads."""
-    environment = {
+def environment() -> dict[str, Any]:
+    """What a number depends on beside the code."""
+    return {
         "versions": {package: version(package) for package in ("torch", "scikit-learn", "optuna", "numpy")},
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
     }
+
+
+def multiples(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """One small picture for each problem: best validation loss so far against seconds, every seed and solver a line."""
+    problems = list(dict.fromkeys(row["problem"] for row in rows))
+    solvers = list(dict.fromkeys(row["solver"] for row in rows))
+    across = min(4, len(problems))
+    down = -(-len(problems) // across)
+    figure, axes = plt.subplots(down, across, figsize=(4 * across, 3 * down), squeeze=False, constrained_layout=True)
+    for axis, problem in zip(axes.flat, problems, strict=False):
+        for row in (row for row in rows if row["problem"] == problem):
+            color = _COLORS.get(row["solver"], f"C{solvers.index(row['solver']) % 10}")
+            if row["solver"] == "defaults":
+                axis.axhline(row["cv_loss"], color=color, lw=1, ls=":")
+            elif row["path"]:
+                axis.plot(row["seconds"], row["cv_loss"], "*", color=color, ms=9)
+            else:
+                seconds, losses = zip(*((s, loss) for s, loss in row["curve"] if np.isfinite(loss)), strict=True)
+                axis.step(seconds, losses, color=color, lw=0.8, where="post")
+        axis.set_title(problem, fontsize=9)
+        axis.set(xscale="log", yscale="log")
+    for axis in axes.flat[len(problems) :]:
+        axis.set_axis_off()
+    handles = [Line2D([], [], color=_COLORS.get(s, f"C{i % 10}"), label=s) for i, s in enumerate(solvers)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(solvers), fontsize=8)
+    figure.suptitle("best validation loss so far against seconds")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def save(rows: Sequence[tuple[int, Found]], name: str, path: Path) -> None:
+    """Every row with its problem, seed, versions and threads."""
     records = [{"problem": name, "seed": seed, **asdict(found)} for seed, found in rows]
-    path.write_text(json.dumps({"environment": environment, "rows": records}, indent=1))
+    path.write_text(json.dumps({"environment": environment(), "rows": records}, indent=1))

@@ -1,151 +1,322 @@
-"""Who tunes: each solver gets a problem and some seconds, and returns what it found. The clock is in :func:`run`.
+"""Who tunes: each solver tries settings, one after the other, for as long as it is asked. The clock is in :func:`run`.
 
-Scores are mean cross-validated log-losses in nats (lower is better) of estimators trained from scratch. Evaluation on
-held-out rows is off the clock and done here for everybody alike.
+A solver is a generator of trials. Losses are mean cross-validated losses (lower is better) of estimators trained from scratch.
+Solvers never see test rows: what a solver chose is trained once more and scored on them here, off the clock, for everybody alike.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import optuna
 from sklearn.base import clone
-from sklearn.metrics import accuracy_score, log_loss
-from sklearn.model_selection import cross_val_score
+from sklearn.experimental import enable_halving_search_cv  # noqa: F401
+from sklearn.metrics import get_scorer
+from sklearn.model_selection import HalvingRandomSearchCV, cross_val_score
+from sklearn.pipeline import Pipeline
 
 from benchmarks.problems import Problem
 from hypertune import HyperTrainingSearchCV
 from hypertune.space import Hyperparameter
 
-SCORING = "neg_log_loss"
+
+@dataclass
+class Trial:
+    """A setting and its validation loss; infinite if it was given up early.
+
+    ``path`` is the trace of a hyper-training.
+    """
+
+    params: dict[str, Any]
+    loss: float
+    path: dict[str, list[Any]] = field(default_factory=dict)
+
+
+Solver = Callable[[Problem, float], Iterator[Trial]]
 
 
 @dataclass
 class Found:
-    """What a solver returns, and what is added to it off the clock.
+    """What a solver had chosen when its seconds were over.
 
-    ``curve`` holds (seconds, best validation loss so far) and ``path`` the trace of a hyper-training.
+    ``curve`` holds (seconds, best validation loss so far); ``matched`` is when that reached the target, or infinite.
     """
 
+    solver: str
     params: dict[str, Any]
     settings: int
+    seconds: float
     cv_loss: float
     curve: list[tuple[float, float]]
-    path: dict[str, list[Any]] = field(default_factory=dict)
-    solver: str = ""
-    seconds: float = 0.0
-    test_loss: float = float("nan")
-    test_accuracy: float = float("nan")
+    path: dict[str, list[Any]]
+    matched: float
+    test_loss: float
+    test_accuracy: float
 
 
-Solver = Callable[[Problem, float, int | None], Found]
+def run(
+    name: str,
+    problem: Problem,
+    seconds: float = math.inf,
+    *,
+    trials: int | None = None,
+    target: float = -math.inf,
+    patience: float = 1.0,
+) -> Found:
+    """Run a solver on the clock; what it has chosen after ``seconds`` is scored.
 
-
-def run(name: str, problem: Problem, seconds: float, trials: int | None = None) -> Found:
-    """Run a solver on the clock, then train its choice on the refit rows and look at the test rows off the clock."""
+    Parameters
+    ----------
+    name : str
+        One of :data:`SOLVERS`.
+    seconds : float
+        A trial that has begun when they are over is finished and counts.
+    trials : int, optional
+        Run so many trials instead, however long they take.
+    target : float
+        A validation loss to match; the solver goes on for ``patience`` times its seconds until it does.
+    """
+    best, chosen = Trial({}, math.inf), None
+    curve: list[tuple[float, float]] = []
+    path: dict[str, list[Any]] = {}
     start = time.perf_counter()
-    found = SOLVERS[name](problem, seconds, trials)
-    found.seconds = time.perf_counter() - start
-    found.solver = name
+    for trial in SOLVERS[name](problem, seconds):
+        now = time.perf_counter() - start  # the clock
+        best, path = (trial if trial.loss < best.loss else best), trial.path or path
+        curve.append((now, best.loss))
+        if chosen is None and (len(curve) >= trials if trials else now >= seconds):
+            chosen = (best, len(curve), now)
+        if chosen and (now >= seconds * patience or best.loss <= target or trials):
+            break
+    best, settings, taken = chosen or (best, len(curve), time.perf_counter() - start)
+    matched = next((then for then, loss in curve if loss <= target), math.inf)
     rows = slice(problem.refit_rows)
-    model = clone(problem.estimator).set_params(**found.params).fit(problem.X[rows], problem.y[rows])
-    found.test_loss = log_loss(problem.y_test, model.predict_proba(problem.X_test))
-    found.test_accuracy = accuracy_score(problem.y_test, model.predict(problem.X_test))
-    return found
+    model = clone(problem.estimator).set_params(**best.params).fit(problem.X[rows], problem.y[rows])
+    return Found(
+        name,
+        best.params,
+        settings,
+        taken,
+        best.loss,
+        curve,
+        path,
+        matched,
+        test_loss=-get_scorer(problem.scoring)(model, problem.X_test, problem.y_test),
+        test_accuracy=model.score(problem.X_test, problem.y_test),
+    )
 
 
-def hypertune(problem: Problem, seconds: float, trials: int | None) -> Found:
-    """HyperTrainingSearchCV with its defaults: one hyper-training, two candidates verified, and the refit. Takes what it takes."""
+# --- solvers -------------------------------------------------------------------------------------------------------------
+
+
+def hypertune(problem: Problem, seconds: float) -> Iterator[Trial]:
+    """HyperTrainingSearchCV with its defaults: hyper-training, verification and the refit. Takes what it takes."""
     search = HyperTrainingSearchCV(
         problem.estimator,
         problem.space,
         cv=problem.cv,
-        scoring=SCORING,
+        scoring=problem.scoring,
         refit=problem.refit_rows is None,
         random_state=problem.seed,
-        verbose=0,
     ).fit(problem.X, problem.y)
-    history = search.history_
-    curve = list(
-        zip(
-            history["seconds"].tolist(),
-            np.minimum.accumulate(history["validation_loss"]).tolist(),
-            strict=True,
-        )
-    )
-    return Found(
-        {name: _plain(value) for name, value in search.best_params_.items()},
-        len(search.cv_results_["params"]),
-        -float(search.cv_results_["mean_test_score"].max()),
-        curve,
-        {name: values.tolist() for name, values in history.items()},
-    )
+    path = {name: values.tolist() for name, values in search.history_.items()}
+    for params, score in zip(search.cv_results_["params"], search.cv_results_["mean_test_score"], strict=True):
+        yield Trial({name: _plain(value) for name, value in params.items()}, -float(score), path)
 
 
-def tpe(problem: Problem, seconds: float, trials: int | None) -> Found:
-    """Optuna's TPE with Optuna 5's defaults, its first trial the estimator's own setting, as ours verifies it too.
+def defaults(problem: Problem, seconds: float) -> Iterator[Trial]:
+    """The estimator as it is."""
+    yield Trial({}, _cv_loss(problem, {}))
 
-    A trial that has begun when the seconds are over is finished and counts.
-    """
+
+def random(problem: Problem, seconds: float) -> Iterator[Trial]:
+    """The estimator's own setting, then settings drawn from the declared distributions."""
+    space, rng = problem.coordinates, np.random.default_rng(problem.seed)
+    yield _trial(problem, problem.current)
+    while True:
+        yield _trial(problem, space.decode(space.sample(1, rng)[0]))
+
+
+def tpe(problem: Problem, seconds: float) -> Iterator[Trial]:
+    """Optuna's TPE with Optuna 5's defaults; its first trial is the estimator's own setting."""
+    return _optuna(problem, optuna.samplers.TPESampler(seed=problem.seed))
+
+
+def gp(problem: Problem, seconds: float) -> Iterator[Trial]:
+    """Optuna's Gaussian process with its defaults; its first trial is the estimator's own setting."""
+    return _optuna(problem, optuna.samplers.GPSampler(seed=problem.seed))
+
+
+def cmaes(problem: Problem, seconds: float) -> Iterator[Trial]:
+    """Optuna's CMA-ES with its defaults; its first trial is the estimator's own setting."""
+    return _optuna(problem, optuna.samplers.CmaEsSampler(seed=problem.seed, warn_independent_sampling=False))
+
+
+def median_pruning(problem: Problem, seconds: float) -> Iterator[Trial]:
+    """TPE with Optuna's median pruner, on the first fold's validation loss after every epoch."""
+    return _optuna(problem, optuna.samplers.TPESampler(seed=problem.seed), optuna.pruners.MedianPruner())
+
+
+def hyperband(problem: Problem, seconds: float) -> Iterator[Trial]:
+    """TPE with Optuna's Hyperband, on the first fold's validation loss after every epoch."""
+    pruner = optuna.pruners.HyperbandPruner(max_resource=_net(problem).max_epochs)
+    return _optuna(problem, optuna.samplers.TPESampler(seed=problem.seed), pruner)
+
+
+def halving(problem: Problem, seconds: float) -> Iterator[Trial]:
+    """HalvingRandomSearchCV over epochs (a ninth, a third, all), with as many candidates as one timed setting says will fit."""
+    space, rng = problem.coordinates, np.random.default_rng(problem.seed)
+    begin = time.perf_counter()
+    yield _trial(problem, problem.current)
+    each = time.perf_counter() - begin
+    candidates = max(3, int(3 * (seconds - each) / each))  # three rungs, each a ninth of what all candidates would cost
+    drawn = [problem.current, *(space.decode(lam) for lam in space.sample(candidates, rng))]
+    most = _net(problem).max_epochs
+    search = HalvingRandomSearchCV(
+        problem.estimator,
+        [{name: [value] for name, value in params.items()} for params in drawn],
+        n_candidates=len(drawn),
+        resource=f"{problem.prefix}max_epochs",
+        min_resources=max(1, most // 9),
+        max_resources=most,
+        scoring=problem.scoring,
+        cv=problem.cv,
+        refit=False,
+        random_state=problem.seed,
+    ).fit(problem.X, problem.y)
+    results = search.cv_results_
+    full = [i for i, n in enumerate(results["n_resources"]) if n == results["n_resources"].max()]
+    best = max(full, key=lambda i: results["mean_test_score"][i])
+    params = {k: v for k, v in results["params"][best].items() if k in space.names}
+    # Its last rung may have fewer epochs than the estimator: what is reported is the setting, trained in full.
+    yield _trial(problem, params)
+
+
+def one_weight_decay(problem: Problem, seconds: float) -> Iterator[Trial]:
+    """A grid over one weight decay for all weights, refined for as long as there is time; the rest as it is."""
+    name = f"{problem.prefix}weight_decay"
+    yield _trial(problem, {})
+    for number in range(1, 10**6):
+        share, base, digits = 0.0, 0.5, number
+        while digits:  # the van der Corput sequence: ever finer grids
+            share, base, digits = share + base * (digits % 2), base / 2, digits // 2
+        yield _trial(problem, {name: float(10 ** (-6 + 7 * share))})
+
+
+SOLVERS: dict[str, Solver] = {
+    "defaults": defaults,
+    "hypertune": hypertune,
+    "random": random,
+    "tpe": tpe,
+    "gp": gp,
+    "cmaes": cmaes,
+    "median": median_pruning,
+    "hyperband": hyperband,
+    "halving": halving,
+    "one-wd": one_weight_decay,
+}
+
+
+def _optuna(
+    problem: Problem, sampler: optuna.samplers.BaseSampler, pruner: optuna.pruners.BasePruner | None = None
+) -> Iterator[Trial]:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    start = time.perf_counter()
-    curve: list[tuple[float, float]] = []
-
-    space, own = problem.coordinates, problem.estimator.get_params()
-    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=problem.seed))
-    current = space.decode(space.encode({name: own[name] for name in space.names}))
-    study.enqueue_trial({
-        name if h.shape is None else f"{name}[{j}]": value
-        for h, name in zip(space.hyperparameters, space.names, strict=True)
-        for j, value in enumerate(h.flatten(current[name]))
-    })  # fmt: skip
+    space, current = problem.coordinates, problem.current
+    study = optuna.create_study(sampler=sampler, pruner=pruner)
+    names = {
+        h.name: [h.name] if h.shape is None else [f"{h.name}[{j}]" for j in range(h.size)]
+        for h in space.hyperparameters
+    }
+    study.enqueue_trial(
+        {
+            name: float(v)
+            for h in space.hyperparameters
+            for name, v in zip(names[h.name], h.flatten(current[h.name]), strict=True)
+        }
+    )
 
     def suggest(trial: optuna.Trial, h: Hyperparameter) -> Any:
-        names = [h.name] if h.shape is None else [f"{h.name}[{j}]" for j in range(h.size)]
         log = h.coordinate == "log"
-        return h.arrange(np.array([trial.suggest_float(name, *h.support, log=log) for name in names]))
+        return h.arrange(np.array([trial.suggest_float(name, *h.support, log=log) for name in names[h.name]]))
 
-    def objective(trial: optuna.Trial) -> float:
+    while True:
+        trial = study.ask()
         params = {h.name: suggest(trial, h) for h in space.hyperparameters}
-        trial.set_user_attr("params", {name: _plain(value) for name, value in params.items()})
-        loss = _cv_loss(problem, params)
-        curve.append((time.perf_counter() - start, min([loss] + [best for _, best in curve])))
-        return loss
-
-    study.optimize(objective, timeout=None if trials else seconds, n_trials=trials)
-    return Found(study.best_trial.user_attrs["params"], len(study.trials), float(study.best_value), curve)
-
-
-def random(problem: Problem, seconds: float, trials: int | None) -> Found:
-    """Settings drawn from the declared distributions. One that has begun when the seconds are over is finished and counts."""
-    start, space = time.perf_counter(), problem.coordinates
-    rng = np.random.default_rng(problem.seed)
-    curve: list[tuple[float, float]] = []
-    best: tuple[float, dict[str, Any]] = (math.inf, {})
-    while not curve or (len(curve) < trials if trials else curve[-1][0] < seconds):
-        params = space.decode(space.sample(1, rng)[0])
-        best = min(best, (_cv_loss(problem, params), params), key=lambda pair: pair[0])
-        curve.append((time.perf_counter() - start, best[0]))
-    return Found({name: _plain(value) for name, value in best[1].items()}, len(curve), best[0], curve)
+        try:
+            loss = _cv_loss(problem, params) if pruner is None else _cv_loss_by_epoch(problem, params, trial)
+        except optuna.TrialPruned:
+            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+            yield Trial(params, math.inf)
+            continue
+        study.tell(trial, loss)
+        yield Trial({name: _plain(value) for name, value in params.items()}, loss)
 
 
-def defaults(problem: Problem, seconds: float, trials: int | None) -> Found:
-    """The estimator as it is."""
-    loss = _cv_loss(problem, {})
-    return Found({}, 1, loss, [(0.0, loss)])
+# --- evaluation ------------------------------------------------------------------------------------------------------------
 
 
-SOLVERS: dict[str, Solver] = {"defaults": defaults, "hypertune": hypertune, "tpe": tpe, "random": random}
+def _trial(problem: Problem, params: dict[str, Any]) -> Trial:
+    return Trial({name: _plain(value) for name, value in params.items()}, _cv_loss(problem, params))
 
 
 def _cv_loss(problem: Problem, params: dict[str, Any]) -> float:
     model = clone(problem.estimator).set_params(**params)
-    return -float(cross_val_score(model, problem.X, problem.y, cv=problem.cv, scoring=SCORING).mean())
+    return -float(cross_val_score(model, problem.X, problem.y, cv=problem.cv, scoring=problem.scoring).mean())
+
+
+def _cv_loss_by_epoch(problem: Problem, params: dict[str, Any], trial: optuna.Trial) -> float:
+    """The same; the first fold reports its validation loss after every epoch and may be pruned there."""
+    scorer, losses = get_scorer(problem.scoring), []
+    for k, (train, valid) in enumerate(problem.cv.split(problem.X, problem.y)):
+        model = clone(problem.estimator).set_params(**params)
+        X_train, X_valid = problem.X[train], problem.X[valid]
+        net = model
+        if isinstance(model, Pipeline):
+            net = model.steps[-1][1]
+            X_train = model[:-1].fit_transform(X_train, problem.y[train])
+            X_valid = model[:-1].transform(X_valid)
+        if k == 0:
+            net.set_callbacks(_Report(trial, partial(_negative_score, scorer, X_valid, problem.y[valid])))
+        net.fit(X_train, problem.y[train])
+        losses.append(_negative_score(scorer, X_valid, problem.y[valid], net))
+    return float(np.mean(losses))
+
+
+def _negative_score(scorer: Any, X: np.ndarray, y: np.ndarray, model: Any) -> float:
+    return -float(scorer(model, X, y))
+
+
+class _Report:
+    """A callback of scikit-learn's that reports every epoch to a trial."""
+
+    def __init__(self, trial: optuna.Trial, loss: Callable[[Any], float]):
+        self.trial, self.loss = trial, loss
+
+    def setup(self, estimator: Any, context: Any) -> None:
+        """Nothing to prepare."""
+
+    def teardown(self, estimator: Any, context: Any) -> None:
+        """Nothing to clear away."""
+
+    def on_fit_task_begin(self, estimator: Any, context: Any) -> None:
+        """Nothing is known yet."""
+
+    def on_fit_task_end(self, estimator: Any, context: Any, *, fitted_estimator: Any = None) -> None:
+        """Report, and prune."""
+        if context.task_name == "epoch":
+            self.trial.report(self.loss(fitted_estimator), context.task_id + 1)
+            if self.trial.should_prune():
+                raise optuna.TrialPruned
+
+
+def _net(problem: Problem) -> Any:
+    return problem.estimator.steps[-1][1] if problem.prefix else problem.estimator
 
 
 def _plain(value: Any) -> Any:

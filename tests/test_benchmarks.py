@@ -78,6 +78,52 @@ def test_a_comparison_writes_its_table_picture_and_rows(tmp_path: Path, capsys):
     assert set(by_solver) <= {line.split()[0] for line in shown.splitlines() if line}
 
 
+@pytest.mark.slow
+def test_the_arena_runs_every_solver_resumes_and_sums_up(tmp_path: Path, capsys, monkeypatch):
+    from benchmarks import arena, problems, solvers
+
+    def small(seed: int, directory: str | None):
+        problem = problems.table("small", seed, "iris", "layers")
+        return replace(problem, estimator=problem.estimator.set_params(torchclassifier__max_epochs=9))
+
+    monkeypatch.setitem(problems.ARENA, "small", small)
+    names = list(solvers.SOLVERS)
+    rows = arena.fight(["small"], names, 2, tmp_path)
+    assert [row["solver"] for row in rows] == ["defaults", "hypertune", *names[2:]] * 2
+    assert all(np.isfinite(row["test_loss"]) and row["n"] == 11 for row in rows)
+    for seed in (0, 1):
+        ours, *others = (row for row in rows if row["seed"] == seed and row["solver"] != "defaults")
+        for other in others:
+            assert other["seconds"] >= ours["seconds"]
+            assert (other["matched"] < np.inf) == (other["curve"][-1][1] <= ours["cv_loss"])
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in names)
+    monkeypatch.setattr(solvers, "run", None)  # nothing is run again
+    assert len(arena.fight(["small"], names, 2, tmp_path)) == len(rows)
+
+
+def test_the_summary_counts_ranks_wins_and_matches():
+    from benchmarks.arena import summary
+
+    def row(problem, seed, solver, test, matched=float("inf")):
+        return {
+            "problem": problem, "seed": seed, "solver": solver, "test_loss": test, "cv_loss": test + 0.01, "seconds": 2.0,
+            "matched": matched, "n": 3,
+        }  # fmt: skip
+
+    rows = [row("a", s, "hypertune", 0.1 + 0.001 * s) for s in range(3)]
+    rows += [row("a", s, "tpe", 0.2 + 0.001 * s, matched=20.0) for s in range(3)]
+    rows += [row("b", s, "hypertune", 0.5) for s in range(3)] + [
+        row("b", s, "tpe", 0.5 + 0.01 * (-1) ** s) for s in range(3)
+    ]
+    lines = {line.split()[0]: line for line in summary(rows).splitlines() if line}
+    assert "1/1/0" in lines["tpe"]
+    assert "100%" in lines["tpe"]
+    assert "(50% did)" in lines["tpe"]
+    assert "1.17" in lines["hypertune"]  # first in five cells of six, second in one
+    assert "0.1010 ± 0.0006*" in lines["a"]
+
+
 def test_every_benchmark_explains_itself(capsys):
     main(["list"])
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(NAMES)

@@ -1,0 +1,132 @@
+"""The arena: every solver on every problem, at the wall clock that our whole search takes.
+
+Each (problem, seed) cell is run in one go: the defaults, then ours, then the others for our seconds. Rows are written as they
+come, and a cell that is there already is not run again, so that a run can be interrupted and resumed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import rankdata
+from tqdm.auto import tqdm
+
+from benchmarks import report, solvers
+from benchmarks.problems import ARENA
+
+OURS = "hypertune"
+
+
+def fight(
+    problems: Sequence[str],
+    names: Sequence[str],
+    seeds: int,
+    out: Path,
+    directory: str | None = None,
+    patience: float = 1.0,
+) -> list[dict[str, Any]]:
+    """Run what is not in ``out/arena.json`` yet, and print the summary of all that is.
+
+    Parameters
+    ----------
+    problems, names : sequence of str
+        Of :data:`benchmarks.problems.ARENA` and :data:`benchmarks.solvers.SOLVERS`.
+    seeds : int
+    out : Path
+    directory : str, optional
+        Of MNIST's files.
+    patience : float, default=1
+        How many times our seconds the others may go on to match our validation loss.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "arena.json"
+    stored = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    rows: list[dict[str, Any]] = stored["rows"]
+    have = {(row["problem"], row["seed"], row["solver"]) for row in rows}
+    order = ["defaults", OURS, *(name for name in names if name not in ("defaults", OURS))]
+    cells = [(name, seed) for seed in range(seeds) for name in problems]
+    for name, seed in tqdm(cells, unit="cell"):
+        missing = [solver for solver in order if (name, seed, solver) not in have]
+        if not missing:
+            continue
+        problem = ARENA[name](seed, directory)
+        for solver in missing:
+            ours = next((r for r in rows if (r["problem"], r["seed"], r["solver"]) == (name, seed, OURS)), None)
+            limits: dict[str, Any] = {"seconds": math.inf}
+            if solver not in ("defaults", OURS):
+                limits = {"seconds": ours["seconds"], "target": ours["cv_loss"], "patience": patience}  # type: ignore[index]
+            found = asdict(solvers.run(solver, problem, **limits))
+            found["n"] = problem.coordinates.n
+            rows.append({"problem": name, "seed": seed, **found})
+            path.write_text(json.dumps({"environment": report.environment(), "rows": rows}))
+    print(summary(rows))
+    report.multiples(rows, out / "arena.png")
+    return rows
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> str:
+    """Test losses by problem, then ranks, wins, regret, time to match and over-tuning by solver.
+
+    Only cells that every solver has run count.
+    """
+    solvers_ = list(dict.fromkeys(row["solver"] for row in rows))
+    cells: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        cells.setdefault((row["problem"], row["seed"]), {})[row["solver"]] = row
+    cells = {cell: found for cell, found in cells.items() if len(found) == len(solvers_)}
+    problems = list(dict.fromkeys(problem for problem, _ in cells))
+    loss = {
+        p: np.array([[c[s]["test_loss"] for s in solvers_] for (q, _), c in cells.items() if q == p]) for p in problems
+    }
+
+    lines = [f"{'test loss':<20}{'seeds':>5}{'n':>6}{'seconds':>9}" + "".join(f"{s:>20}" for s in solvers_)]
+    for p in problems:
+        own = [c[OURS] for (q, _), c in cells.items() if q == p]
+        means, errors = loss[p].mean(axis=0), _error(loss[p])
+        best = means.argmin()
+        shown = [
+            f"{m:.4f} ± {e:.4f}{'*' if i == best else ' '}" for i, (m, e) in enumerate(zip(means, errors, strict=True))
+        ]
+        seconds = np.median([row["seconds"] for row in own])
+        lines.append(f"{p:<20}{len(own):>5}{own[0]['n']:>6}{seconds:>9.1f}" + "".join(f"{s:>20}" for s in shown))
+
+    ours = solvers_.index(OURS)
+    ranks = np.concatenate([rankdata(loss[p], axis=1) for p in problems])
+    spread = [(loss[p].max(axis=1) - loss[p].min(axis=1))[:, None].clip(1e-12) for p in problems]
+    regret = np.concatenate(
+        [(loss[p] - loss[p].min(axis=1)[:, None]) / s for p, s in zip(problems, spread, strict=True)]
+    )
+    rng = np.random.default_rng(0)
+    resampled = regret[rng.integers(0, len(regret), (2000, len(regret)))].mean(axis=1)
+    low, high = np.percentile(resampled, [2.5, 97.5], axis=0)
+    lines.append(
+        f"\n{'solver':<12}{'mean rank':>10}{'regret (95%)':>22}{'we win/tie/lose':>17}{'better or tied':>16}"
+        f"{'their seconds to match / ours':>32}{'valid - test':>14}"
+    )
+    for i, s in enumerate(solvers_):
+        counts = [0, 0, 0]
+        for p in problems:
+            gap = loss[p][:, i] - loss[p][:, ours]
+            counts[1 if abs(gap.mean()) <= _error(gap) else 0 if gap.mean() > 0 else 2] += 1
+        ratios = [c[s]["matched"] / c[OURS]["seconds"] for c in cells.values()]
+        matched = np.isfinite(ratios).mean()
+        over = np.mean([c[s]["cv_loss"] - c[s]["test_loss"] for c in cells.values()])
+        against = "" if i == ours else f"{counts[0]}/{counts[1]}/{counts[2]}"
+        share = "" if i == ours else f"{(counts[0] + counts[1]) / len(problems):.0%}"
+        match = "" if s in (OURS, "defaults") else f"{np.median(ratios):.1f} ({matched:.0%} did)"
+        lines.append(
+            f"{s:<12}{ranks[:, i].mean():>10.2f}{f'{regret[:, i].mean():.3f} [{low[i]:.3f}, {high[i]:.3f}]':>22}"
+            f"{against:>17}{share:>16}{match:>32}{over:>+14.4f}"
+        )
+    return "\n".join(lines)
+
+
+def _error(values: np.ndarray) -> Any:
+    """Standard error over the first axis."""
+    return values.std(axis=0, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0 * values.mean(axis=0)
