@@ -60,13 +60,13 @@ class Minibatches(Iterator[Batch]):
     batch_size : int
         B is this or the size of the smallest fold.
     seed : int
-        The order depends on it alone.
+        The order depends on it alone, and is for each fold what it would be without the others.
     """
 
     def __init__(self, folds: Sequence[Rows], batch_size: int, *, seed: int):
         self.folds = list(folds)
         self.batch_size = min(batch_size, *(len(rows.x) for rows in folds))
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generators = [torch.Generator().manual_seed(seed) for _ in folds]
         self._queues = [torch.empty(0, dtype=torch.long) for _ in folds]
         self._weights = [None if rows.weight is None else rows.weight / rows.weight.mean() for rows in folds]
 
@@ -111,7 +111,7 @@ class Minibatches(Iterator[Batch]):
 
     def _pick(self, k: int) -> Tensor:
         while len(self._queues[k]) < self.batch_size:
-            order = torch.randperm(len(self.folds[k].x), generator=self.generator)
+            order = torch.randperm(len(self.folds[k].x), generator=self.generators[k])
             self._queues[k] = torch.cat([self._queues[k], order])
         pick, self._queues[k] = self._queues[k].split([self.batch_size, len(self._queues[k]) - self.batch_size])
         return pick

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -41,10 +41,56 @@ class TensorDropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or is_zero(self.p):
             return x
-        cells = (*x.shape[:2], *(1,) * (x.dim() - 2)) if self.channelwise else x.shape
         # Under vmap this shape is one model's: the noise is drawn once and shared.
-        keep = torch.rand(cells, dtype=x.dtype, device=x.device) >= self.p
-        return x * keep / (1 - self.p)
+        return x * (self._noise(x) >= self.p) / (1 - self.p)
+
+    def of_models(self, x: Tensor) -> Tensor:
+        """The same for M models at once, x (M, B, ...), without vmap; ``p`` may be (M,)."""
+        if not self.training or is_zero(self.p):
+            return x
+        p = self.p.view(-1, *(1,) * (x.dim() - 1)) if isinstance(self.p, Tensor) else self.p
+        return x * ((self._noise(x[0]) >= p) / (1 - p))
+
+    def _noise(self, x: Tensor) -> Tensor:
+        cells = (*x.shape[:2], *(1,) * (x.dim() - 2)) if self.channelwise else x.shape
+        return torch.rand(cells, dtype=x.dtype, device=x.device)
+
+
+_ELEMENTWISE = (
+    nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.ELU, nn.SELU, nn.LeakyReLU, nn.Softplus, nn.Hardtanh, nn.Identity,
+)  # fmt: skip
+
+
+def plain_layers(module: nn.Module) -> list[tuple[str, nn.Module]] | None:
+    """The layers of an ``nn.Sequential`` of linear layers, activations and dropout, by name; None for any other module.
+
+    Such a module can be run for M models at once without vmap (:func:`run_layers`), at a fraction of the overhead.
+    """
+    if type(module) is not nn.Sequential or module._forward_hooks or module._forward_pre_hooks:
+        return None
+    layers = list(module.named_children())
+    for _, layer in layers:
+        flat = type(layer) is nn.Flatten and (layer.start_dim, layer.end_dim) == (1, -1)
+        if not (flat or type(layer) in (*_ELEMENTWISE, nn.Linear, TensorDropout)):
+            return None
+        if layer._forward_hooks or layer._forward_pre_hooks or getattr(layer, "inplace", False):
+            return None
+    return layers
+
+
+def run_layers(layers: list[tuple[str, nn.Module]], named: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """M models at once: parameters by name, each (M, *shape), and rows x (M, B, ...) → outputs (M, B, outputs)."""
+    for name, layer in layers:
+        if type(layer) is nn.Linear:
+            weight = named[f"{name}.weight"].transpose(1, 2)
+            x = torch.baddbmm(named[f"{name}.bias"][:, None], x, weight) if layer.bias is not None else x @ weight
+        elif type(layer) is TensorDropout:
+            x = layer.of_models(x)
+        elif type(layer) is nn.Flatten:
+            x = x.flatten(2)
+        else:
+            x = layer(x)
+    return x
 
 
 _STOCK_DROPOUT: dict[type[nn.Module], bool] = {

@@ -25,7 +25,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -36,7 +37,7 @@ from torch.func import functional_call, vmap
 
 from hypertune.batches import Batch
 from hypertune.losses import CustomLoss, Loss
-from hypertune.modules import Reach, Value, is_zero, with_tensor_dropout
+from hypertune.modules import Reach, Value, is_zero, plain_layers, run_layers, with_tensor_dropout
 from hypertune.randomness import rng_state, set_rng_state
 
 # Hyperparameters of the loss itself, with the interval in which each has a meaning.
@@ -111,6 +112,7 @@ class Objective:
         self.stacked = True
         self.has_statistics = bool(list(module.buffers()))
         self._modules = {training: with_tensor_dropout(module).train(training) for training in (True, False)}
+        self._layers = {training: plain_layers(copy) for training, copy in self._modules.items()}
         parameters = {k: p.detach().clone() for k, p in module.named_parameters() if p.requires_grad}
         self._initial = parameters
         self._shapes = {k: p.shape for k, p in parameters.items()}
@@ -369,6 +371,10 @@ class Objective:
         fold: int | None = None,
     ) -> Tensor:
         rates = {name: values[name] for name in self.reach if name in values}
+        if (layers := self._layers[training]) is not None and self.inputs is None and self.stacked:
+            with self._set(training, rates):
+                constants = {k: c.expand(len(w), *c.shape) for k, c in self._constants.items()}
+                return run_layers(layers, {**self.named(w), **constants}, x)
         if len(w) > 1 and self.stacked:
             tensors = {k: torch.as_tensor(v, dtype=w.dtype, device=w.device).expand(len(w)) for k, v in rates.items()}
             forward = partial(self._forward, training=training, buffers=self._buffers[0])
@@ -393,17 +399,23 @@ class Objective:
         training: bool,
         buffers: dict[str, Tensor],
     ) -> Tensor:
-        module = self._modules[training]
-        changed = []
+        with self._set(training, rates):
+            args, kwargs = arguments(x, self.inputs)
+            state = {**named, **self._constants, **buffers}
+            return functional_call(self._modules[training], state, args, kwargs, strict=True)
+
+    @contextmanager
+    def _set(self, training: bool, rates: Mapping[str, Value]) -> Iterator[None]:
+        """Put the values of factory keywords where they arrive in the module, and leave none of them behind."""
+        module, changed = self._modules[training], []
         try:
             for keyword, rate in rates.items():
                 for path, name, a, b in self.reach[keyword]:
                     sub = module.get_submodule(path)
                     changed.append((sub, name, getattr(sub, name)))
                     setattr(sub, name, a + b * rate)
-            args, kwargs = arguments(x, self.inputs)
-            return functional_call(module, {**named, **self._constants, **buffers}, args, kwargs, strict=True)
-        finally:  # leave no tensor of a vmapped pass behind
+            yield
+        finally:
             for sub, name, value in reversed(changed):
                 setattr(sub, name, value)
 

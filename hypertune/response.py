@@ -153,7 +153,7 @@ class BestResponse:
         losses = []
         for one in lam.to(self.hypernetwork.w0):  # one λ at a time: K copies of the model in memory, not K × m
             w = self._weights(one[None])
-            losses.append(torch.stack([_full_loss(self.objective, w[k], f.valid, k) for k, f in enumerate(self.folds)]))
+            losses.append(torch.cat([full_losses(self.objective, w[k], f.valid, k) for k, f in enumerate(self.folds)]))
         return torch.stack(losses, dim=1).cpu()
 
     def _complete(self, params: Mapping[str, Value]) -> dict[str, Value]:
@@ -172,16 +172,16 @@ class BestResponse:
         return {name.removeprefix(self.prefix): value for name, value in setting.items()}
 
 
-def _full_loss(objective: Objective, w: Tensor, rows: Rows, fold: int) -> Tensor:
-    """L_Valid of one fold's weights w (1, D) on all its rows, in pieces; shape ()."""
+def full_losses(objective: Objective, w: Tensor, rows: Rows, fold: int) -> Tensor:
+    """L_Valid of m models w (m, D) of one fold on all its rows, in pieces; shape (m,)."""
     x, y, weight, _ = rows
-    total, mass = torch.zeros((), dtype=w.dtype, device=w.device), 0.0
+    total, mass = torch.zeros(len(w), dtype=w.dtype, device=w.device), 0.0
     with torch.no_grad():
         for i in range(0, len(x), 4096):
             piece = slice(i, i + 4096)
             s = None if weight is None else weight[None, piece]
             size = float(len(x[piece]) if s is None else s.sum())
-            share = None if s is None else s / s.mean()
-            total += size * objective.valid_loss(w, Batch(x[None, piece], y[None, piece], share), fold=fold)[0]
+            batch = Batch(x[None, piece], y[None, piece], None if s is None else s / s.mean()).repeat(len(w))
+            total += size * objective.valid_loss(w, batch, fold=fold)
             mass += size
     return total / mass

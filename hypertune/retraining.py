@@ -7,21 +7,26 @@ K folds at once, from the initial weights, in the order of rows and by the optim
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from sklearn.base import clone
 from torch import Tensor, nn
 
-from hypertune.batches import Batch, Minibatches, Rows
+from hypertune.batches import Minibatches, Rows
 from hypertune.estimator import TorchEstimator, fingerprint
 from hypertune.objective import Objective
 from hypertune.randomness import draw_seed, isolated
-from hypertune.response import Fold
+from hypertune.response import Fold, full_losses
 from hypertune.space import Space
-from hypertune.training import make_train_loss
+from hypertune.training import make_values
 
 _MOST_WEIGHTS = 2**27  # of all models together
+_SCREENED_WEIGHTS = 600_000  # beyond it the models of a screening cost what each would alone
+_FEWEST_SCREENED = 4
+_LINE = (0.55, 0.7, 0.4, 0.85)  # quantiles
 
 
 @dataclass
@@ -49,6 +54,16 @@ class Retrained:
     objective: Objective
     keys: list[str]
 
+    def validation_losses(self, folds: list[Fold]) -> Tensor:
+        """Mean over folds of L_Valid of each setting on all validation rows, (C,); infinite where a model is not finite."""
+        losses = torch.stack(
+            [
+                full_losses(self.objective, w, fold.valid, k)
+                for k, (w, fold) in enumerate(zip(self.weights, folds, strict=True))
+            ]
+        )
+        return losses.mean(dim=0).nan_to_num(nan=math.inf, posinf=math.inf).cpu()
+
     def fit_known(self, net: TorchEstimator, rows: Rows) -> bool:
         """Fit the estimator by what is known, if its setting and its rows are; says whether it did."""
         if (key := fingerprint(*rows[:3])) not in self.keys:
@@ -69,6 +84,25 @@ class Retrained:
         return True
 
 
+def screen(space: Space, prefix: str, folds: list[Fold], objective: Objective, current: Tensor) -> Retrained | None:
+    """Train a handful of settings along the way from weak to strong regularisation; None where stacking does not pay.
+
+    The first is ``current`` (n,). Then come the quantiles of all logarithmic hyperparameters together, the others as they are or
+    a quarter of the way up.
+    """
+    most = _SCREENED_WEIGHTS // (len(folds) * objective.D)
+    if most < _FEWEST_SCREENED:
+        return None
+    log = torch.cat([torch.full((h.size,), h.coordinate == "log") for h in space.hyperparameters])
+    settings = [current]
+    for share, quantiles in ((None, _LINE), (0.25, _LINE[:2])):
+        for q in quantiles if log.any() else (0.5,):
+            lam = space.quantile(np.where(log, q, 0.25 if share is None else share)[None])[0]
+            settings.append(torch.where(log, lam, current) if share is None else lam)
+    unique = list({tuple(lam.tolist()): lam for lam in settings}.values())
+    return retrain(space, prefix, folds, objective, torch.stack(unique[:most]))
+
+
 def retrain(space: Space, prefix: str, folds: list[Fold], objective: Objective, lam: Tensor) -> Retrained | None:
     """Train C settings (C, n) on all folds; None where they cannot be stacked or someone wants to watch each fit."""
     net = folds[0].net
@@ -83,24 +117,22 @@ def retrain(space: Space, prefix: str, folds: list[Fold], objective: Objective, 
     ):
         return None
     seed = draw_seed(clone(net).random_state)
-    streams = [Minibatches([fold.train], net.batch_size, seed=seed) for fold in folds]
-    if len({(stream.batch_size, stream.steps_per_epoch) for stream in streams}) > 1:
+    alone = [Minibatches([fold.train], net.batch_size, seed=seed) for fold in folds]
+    if len({(stream.batch_size, stream.steps_per_epoch) for stream in alone}) > 1:
         return None
-    per_epoch = streams[0].steps_per_epoch
+    stream = Minibatches([fold.train for fold in folds], net.batch_size, seed=seed)
+    per_epoch = stream.steps_per_epoch
     with isolated(seed, net.device):
         w0 = []
         for fold in folds:
             torch.manual_seed(seed)  # each fit begins with it
             w0.append(fold.net._make_objective(fold.net._build_module()).initial_weights())
         w = nn.Parameter(torch.stack(w0)[:, None].repeat(1, C, 1))
-        train_loss = make_train_loss(space, prefix, objective, net, None)
-        settings = lam.to(w)
+        values = make_values(space, prefix, objective, net)(lam.to(w), K)
         optimizer, schedule = net._make_optimizer([w], net.max_epochs * per_epoch)
         curves = torch.zeros(net.max_epochs, K, C, device=w.device, dtype=w.dtype)
         for number in range(net.max_epochs * per_epoch):
-            batches = [next(stream) for stream in streams]
-            batch = Batch(*(None if None in parts else torch.cat(parts) for parts in zip(*batches, strict=True)))  # type: ignore[arg-type]
-            loss = train_loss(w, settings, batch)
+            loss = objective.train_loss(w.flatten(0, 1), values, next(stream).repeat(C)).view(K, C)
             (w.grad,) = torch.autograd.grad(loss.sum(), w)
             optimizer.step()
             schedule.step()

@@ -35,7 +35,7 @@ from hypertune.estimator import Net, TorchEstimator
 from hypertune.hypernetworks import HYPERNETWORKS, Builder
 from hypertune.randomness import draw_seed
 from hypertune.response import Fold
-from hypertune.retraining import retrain
+from hypertune.retraining import retrain, screen
 from hypertune.space import Space
 from hypertune.training import hyper_train, stack
 from hypertune.tunable import check_names, with_rows
@@ -65,6 +65,9 @@ class HyperTrainingSearchCV(BaseSearchCV):
     hypernetwork : {"linear", "low_rank", "mlp", "gated"} or instance, default="linear"
         The family of best responses; see :mod:`hypertune.hypernetworks`. An instance is a description with other
         sizes, such as ``LowRank(rank=20)``.
+    start : {"screened", "estimator"}, default="screened"
+        Where the hyperparameters start: at the best of a handful of settings that are trained together in one stacked pass
+        first (small models only, for which that is nearly free), or at the estimator's own setting.
     evaluate : {"retrain", "hypernetwork"}, default="retrain"
         How the candidates are scored: by retraining each from scratch on every fold, or (the paper's return value, for
         the tuned setting only) by the weights that the hypernetwork gives, which retrains nothing.
@@ -74,6 +77,9 @@ class HyperTrainingSearchCV(BaseSearchCV):
         Standard deviation σ of the sampled hyperparameters around the current ones, in units of λ (a factor of e
         for log distributions, a quarter of the range for bounded ones). None means 0.5 for "joint", and sampling from
         ``param_distributions`` themselves for "global".
+    grain_scale : float, default=1.0
+        Standard deviation, in units of λ, of a prior on the values of a finer grain around their mean, so that many of them do
+        not overfit few validation rows. None means no prior. Weights of single rows have none.
     n_samples : int, default=None
         Hyperparameter settings m sampled per minibatch; an even number is drawn in antithetic pairs. None means 2 for
         "joint" and 8 for "global".
@@ -178,9 +184,11 @@ class HyperTrainingSearchCV(BaseSearchCV):
         "param_distributions": [Mapping],
         "algorithm": [StrOptions({"joint", "global", "simplified"})],
         "hypernetwork": [StrOptions(set(HYPERNETWORKS)), HasMethods("build")],
+        "start": [StrOptions({"screened", "estimator"})],
         "evaluate": [StrOptions({"retrain", "hypernetwork"})],
         "max_epochs": [None, Interval(Integral, 1, None, closed="left")],
         "scale": [None, Interval(Real, 0, None, closed="neither")],
+        "grain_scale": [None, Interval(Real, 0, None, closed="neither")],
         "n_samples": [None, Interval(Integral, 1, None, closed="left")],
         "hyper_lr": [Interval(Real, 0, None, closed="neither")],
         "hyper_lr_schedule": [StrOptions({"linear", "constant"})],
@@ -198,9 +206,11 @@ class HyperTrainingSearchCV(BaseSearchCV):
         *,
         algorithm: str = "joint",
         hypernetwork: str | Builder = "linear",
+        start: str = "screened",
         evaluate: str = "retrain",
         max_epochs: int | None = None,
         scale: float | None = None,
+        grain_scale: float | None = 1.0,
         n_samples: int | None = None,
         hyper_lr: float = 0.05,
         hyper_lr_schedule: str = "linear",
@@ -221,9 +231,11 @@ class HyperTrainingSearchCV(BaseSearchCV):
         self.param_distributions = param_distributions
         self.algorithm = algorithm
         self.hypernetwork = hypernetwork
+        self.start = start
         self.evaluate = evaluate
         self.max_epochs = max_epochs
         self.scale = scale
+        self.grain_scale = grain_scale
         self.n_samples = n_samples
         self.hyper_lr = hyper_lr
         self.hyper_lr_schedule = hyper_lr_schedule
@@ -338,6 +350,12 @@ class HyperTrainingSearchCV(BaseSearchCV):
         space, objective, w0 = stack(space, prefix, folds, _num_samples(self._inputs[0]), seed)
         settings = self._settings()
         current = space.encode({name: settings[name] for name in space.names})  # moved into the declared bounds
+        start, screened = current, None
+        if self._may_retrain_together() and self.start == "screened" and self.algorithm != "global":
+            screened = screen(space, prefix, folds, objective, current)
+        if screened is not None:
+            self._known.append(screened)
+            start = screened.lam[screened.validation_losses(folds).argmin()]
         max_epochs = net.max_epochs if self.max_epochs is None else self.max_epochs
         with self._hyper_training_task(max_epochs) as end_epoch:
             response, self.history_ = hyper_train(
@@ -346,7 +364,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
                 folds,
                 objective,
                 w0,
-                _start(space, current),
+                _out_of_corners(space, start),
                 algorithm=self.algorithm,
                 hypernetwork=HYPERNETWORKS[self.hypernetwork]
                 if isinstance(self.hypernetwork, str)
@@ -354,6 +372,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
                 response_optimizer=self.response_optimizer,
                 max_epochs=max_epochs,
                 scale=self.scale,
+                grain_scale=self.grain_scale,
                 n_samples=self.n_samples,
                 hyper_lr=self.hyper_lr,
                 hyper_lr_schedule=self.hyper_lr_schedule,
@@ -368,11 +387,17 @@ class HyperTrainingSearchCV(BaseSearchCV):
         if self.evaluate == "hypernetwork":
             self._known.append(response)
             return [response.params]
-        candidates = [space.encode(response.params), current]
-        watched = hasattr(self, "_skl_callbacks")
-        if not watched and (retrained := retrain(space, prefix, folds, objective, torch.stack(candidates))) is not None:
-            self._known.append(retrained)
-        return [space.decode(lam) for lam in candidates]
+        tuned = space.encode(response.params)
+        if self._may_retrain_together():
+            new = [tuned] if screened is not None else [tuned, current]
+            if (retrained := retrain(space, prefix, folds, objective, torch.stack(new))) is not None:
+                self._known.append(retrained)
+        others = [current] if start is current or torch.equal(start, current) else [current, start]
+        return [space.decode(lam) for lam in (tuned, *others)]
+
+    def _may_retrain_together(self) -> bool:
+        """Unless a callback wants to see every fit, or nothing is to be retrained."""
+        return self.evaluate == "retrain" and not hasattr(self, "_skl_callbacks")
 
     @contextmanager
     def _hyper_training_task(self, n_epochs: int) -> Iterator[Callable[..., bool]]:
@@ -467,8 +492,8 @@ class HyperTrainingSearchCV(BaseSearchCV):
                 )
 
 
-def _start(space: Space, current: Tensor) -> Tensor:
-    """Where λ̂ starts: at the estimator's own setting, except where that is the bound of a logarithmic range.
+def _out_of_corners(space: Space, current: Tensor) -> Tensor:
+    """Where λ̂ starts: at the given setting, except where that is the bound of a logarithmic range.
 
     Far down on a logarithmic axis the loss is flat, and a gradient does not lead out of there: such a hyperparameter starts
     at a third of the way up its distribution.

@@ -63,6 +63,7 @@ def hyper_train(
     response_optimizer: str,
     max_epochs: int,
     scale: float | None,
+    grain_scale: float | None,
     n_samples: int | None,
     hyper_lr: float,
     hyper_lr_schedule: str,
@@ -114,10 +115,23 @@ def hyper_train(
         # Each of many values has a small slope of its own; what matters is the slope of moving all of them together.
         sizes = space.sizes.to(lam_hat)
 
-        def scale_slopes(*_: Any) -> None:
+        grouped = (
+            []
+            if grain_scale is None
+            else [
+                (block, 1 / (grain_scale**2 * sum(len(fold.valid.x) for fold in folds)))
+                for h, block in zip(space.hyperparameters, space.blocks.values(), strict=True)
+                if h.grain not in (None, "row")
+            ]
+        )
+
+        def prepare_slopes(*_: Any) -> None:
+            for block, strength in grouped:  # a Gaussian prior around the mean, against one validation loss per row
+                own = lam_hat.detach()[block]
+                lam_hat.grad[block] += strength * (own - own.mean())  # type: ignore[index]
             lam_hat.grad.mul_(sizes)  # type: ignore[union-attr]
 
-        lam_optimizer.register_step_pre_hook(scale_slopes)
+        lam_optimizer.register_step_pre_hook(prepare_slopes)
         decay = 1 / max(steps - first, 1) if hyper_lr_schedule == "linear" else 0.0
         lam_schedule = LambdaLR(lam_optimizer, lambda t: max(0.0, 1 - decay * t))
         run = _run(
@@ -234,29 +248,44 @@ def _problem(
 
 
 def make_train_loss(
-    space: Space, prefix: str, objective: Objective, net: Net, train_batches: Minibatches | None
+    space: Space, prefix: str, objective: Objective, net: Net, train_batches: Minibatches
 ) -> Callable[..., Tensor]:
     """L_Train as a function of λ: ``(w (K, m, D), lam (m, n), batch of K × B rows) -> (K, m)``.
 
     ``train_batches`` is asked for the weights of single training rows, where these are hyperparameters.
     """
-    own = {name: name.removeprefix(prefix) for name in space.names}
-    names = {name: net.loss_names.get(short, short) for name, short in own.items()}
-    of_weights = {h.name: objective.index(h.shape) for h in space.hyperparameters if isinstance(h.shape, Mapping)}
+    values_of = make_values(space, prefix, objective, net)
 
     def train_loss(w: Tensor, lam: Tensor, batch: Batch, *, keep_statistics: bool = False) -> Tensor:
         K, m, _ = w.shape
-        values, repeated = {}, batch.repeat(m)
-        for name, v in space.values(lam).items():
-            if names[name] == "sample_weight":
-                repeated = repeated._replace(weight=train_batches.weighted(batch, v))  # type: ignore[union-attr]
-                continue
-            v = v[:, of_weights[name]] if name in of_weights else v
-            values[names[name]] = v.repeat(K, *(1,) * (v.dim() - 1))
+        values, repeated = values_of(lam, K), batch.repeat(m)
+        if "sample_weight" in values:
+            repeated = repeated._replace(weight=train_batches.weighted(batch, values.pop("sample_weight")))
         loss = objective.train_loss(w.flatten(0, 1), values, repeated, keep_statistics=keep_statistics)
         return loss.view(K, m)
 
     return train_loss
+
+
+def make_values(
+    space: Space, prefix: str, objective: Objective, net: Net
+) -> Callable[[Tensor, int], dict[str, Tensor]]:
+    """``(lam (m, n), K)`` → values by their names in the loss, as :meth:`Objective.train_loss` takes them for K × m models.
+
+    Those of single rows are as they are in λ, (m, number of all rows).
+    """
+    own = {name: name.removeprefix(prefix) for name in space.names}
+    names = {name: net.loss_names.get(short, short) for name, short in own.items()}
+    of_weights = {h.name: objective.index(h.shape) for h in space.hyperparameters if isinstance(h.shape, Mapping)}
+
+    def values_of(lam: Tensor, K: int) -> dict[str, Tensor]:
+        values = {}
+        for name, v in space.values(lam).items():
+            v = v[:, of_weights[name]] if name in of_weights else v
+            values[names[name]] = v if names[name] == "sample_weight" else v.repeat(K, *(1,) * (v.dim() - 1))
+        return values
+
+    return values_of
 
 
 def _phi_optimizer(net: Net, phi: Hypernetwork, kind: str, steps: int) -> tuple[ResponseOptimizer, list[LRScheduler]]:

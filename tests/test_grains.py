@@ -39,7 +39,9 @@ SHAPES = {
 
 
 def search(estimator, space, **params) -> HyperTrainingSearchCV:
-    return HyperTrainingSearchCV(estimator, space, cv=3, random_state=0, error_score="raise", **params)
+    return HyperTrainingSearchCV(
+        estimator, space, cv=3, random_state=0, error_score="raise", start="estimator", **params
+    )
 
 
 @pytest.mark.parametrize("grain", GRAINS)
@@ -139,7 +141,9 @@ def test_irrelevant_features_get_more_weight_decay_than_relevant_ones():
     relevant = np.abs(np.corrcoef(X.T, y)[-1, :-1]) > 0.25
     net = make_pipeline(StandardScaler(), TorchRegressor(MLP(hidden=()), max_epochs=150, random_state=0))
     space = {"torchregressor__weight_decay": per_feature(loguniform(1e-4, 1e2))}
-    found = search(net, space, hyper_lr=0.15, hyper_eps=1e-3).fit(X, y)  # 300 steps: it has to be quick
+    found = search(net, space, hyper_lr=0.15, hyper_eps=1e-3, grain_scale=None).fit(
+        X, y
+    )  # 300 steps: it has to be quick
     decay = np.log(found.best_response_.params["torchregressor__weight_decay"]["1.weight"][0])
     assert decay[relevant].max() < decay[~relevant].mean() - 2
     assert np.diff(found.cv_results_["mean_test_score"]) < -0.05  # than the estimator's own
@@ -191,6 +195,16 @@ def test_a_grain_on_what_has_none_is_refused_by_name(iris, space, message):
 def test_values_that_do_not_fit_the_model_are_refused_by_name(iris, params, message):
     with pytest.raises(ValueError, match=message):
         clone(NET).set_params(**params).fit(*iris)
+
+
+@pytest.mark.slow
+def test_the_prior_keeps_the_values_of_a_grain_together(iris):
+    spread = {
+        scale: np.log(search(NET, {"weight_decay": per_weight(PRIOR)}, max_epochs=60, grain_scale=scale).fit(*iris)
+                      .history_["weight_decay"][-1]).std()
+        for scale in (None, 1.0, 0.1)
+    }  # fmt: skip
+    assert spread[None] > 1.5 * spread[1.0] > 3 * spread[0.1]
 
 
 def test_a_search_starts_from_values_of_a_grain(iris):

@@ -203,7 +203,9 @@ def _net(module: str, **params) -> TorchClassifier:
 
 
 def _search(net, space, **params) -> HyperTrainingSearchCV:
-    return HyperTrainingSearchCV(net, space, cv=2, random_state=0, error_score="raise", warmup=0.2, **params)
+    return HyperTrainingSearchCV(
+        net, space, cv=2, random_state=0, error_score="raise", warmup=0.2, start="estimator", **params
+    )
 
 
 @pytest.mark.slow

@@ -39,7 +39,9 @@ SPACE = {
 
 
 def search(estimator, space, **params) -> HyperTrainingSearchCV:
-    return HyperTrainingSearchCV(estimator, space, cv=3, random_state=0, error_score="raise", **params)
+    return HyperTrainingSearchCV(
+        estimator, space, cv=3, random_state=0, error_score="raise", start="estimator", **params
+    )
 
 
 def test_keywords_of_plain_functions_are_parameters():

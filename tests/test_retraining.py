@@ -24,7 +24,9 @@ NET = TorchClassifier(MLP(hidden=(8,), dropout=0.1), max_epochs=8, batch_size=16
 
 
 def search(net=NET, space=SPACE, **params) -> HyperTrainingSearchCV:
-    return HyperTrainingSearchCV(net, space, cv=3, random_state=0, error_score="raise", **params)
+    return HyperTrainingSearchCV(
+        net, space, **{"cv": 3, "random_state": 0, "error_score": "raise", "start": "estimator", **params}
+    )
 
 
 @pytest.fixture
@@ -54,7 +56,7 @@ def test_scores_and_losses_are_those_of_single_fits(iris, used):
 def test_a_retrained_net_knows_its_losses(iris):
     X, y = iris
     rows = np.arange(len(X))
-    found = HyperTrainingSearchCV(NET, SPACE, cv=[(rows, rows)], random_state=0).fit(X, y)
+    found = search(cv=[(rows, rows)]).fit(X, y)
     alone = clone(NET).set_params(**found.best_params_).fit(X, y)  # the fold is all rows: the refit is known already
     assert_allclose(found.best_estimator_.loss_curve_, alone.loss_curve_, rtol=1e-4)
     assert found.best_estimator_.n_iter_ == 8
@@ -81,6 +83,29 @@ def test_a_diverging_candidate_is_left_to_its_own_fit(iris):
     assert_allclose(good.predict_proba(X), alone.predict_proba(X), rtol=1e-3)
     with pytest.raises(ValueError, match="the training loss became nan"):
         bad.fit(X, y)
+
+
+def test_a_handful_of_settings_is_screened_and_the_best_is_start_and_candidate(breast_cancer, used):
+    X, y = breast_cancer
+    net = clone(NET).set_params(max_epochs=40, lr=1e-2, input_noise=0.0)
+    space = {"weight_decay": loguniform(1e-6, 1e1), "module__dropout": uniform(0, 0.8)}
+    found = search(net, space, start="screened", scoring="neg_log_loss", hyper_lr=1e-6).fit(X, y)
+    tuned, current, best = found.cv_results_["params"]
+    assert current == {"weight_decay": pytest.approx(1e-6), "module__dropout": 0.1}
+    expected = loguniform(1e-6, 1e1).ppf([0.55, 0.7, 0.4, 0.85])
+    assert np.isclose(best["weight_decay"], expected).any()
+    assert best["module__dropout"] == pytest.approx(0.1) or best["module__dropout"] == pytest.approx(0.2)
+    for name in space:  # λ̂ starts at the best of them, and does not move at this step size
+        assert tuned[name] == pytest.approx(best[name], rel=1e-2)
+    scores = found.cv_results_["mean_test_score"]
+    assert scores[2] > scores[1]
+    assert used.count(True) == 9
+
+
+def test_large_models_are_not_screened(iris):
+    net = clone(NET).set_params(module=MLP(hidden=(256, 256)), max_epochs=1)
+    found = search(net, {"weight_decay": loguniform(1e-6, 1e1)}, start="screened").fit(*iris)
+    assert len(found.cv_results_["params"]) == 2
 
 
 class Normed(nn.Sequential):

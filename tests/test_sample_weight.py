@@ -22,7 +22,7 @@ SPACE = {"sample_weight": uniform(0, 2)}
 
 
 def search(estimator=NET, space=SPACE, **params) -> HyperTrainingSearchCV:
-    defaults = {"cv": 3, "random_state": 0, "error_score": "raise"}
+    defaults = {"cv": 3, "random_state": 0, "error_score": "raise", "start": "estimator"}
     return HyperTrainingSearchCV(estimator, space, **{**defaults, **params})
 
 

@@ -55,7 +55,7 @@ def classifier(**params) -> NeuralNetClassifier:
 
 
 def search(net, space=SPACE, **params) -> HyperTrainingSearchCV:
-    return HyperTrainingSearchCV(net, space, cv=3, random_state=0, error_score="raise", **params)
+    return HyperTrainingSearchCV(net, space, cv=3, random_state=0, error_score="raise", start="estimator", **params)
 
 
 @pytest.fixture(scope="module")
