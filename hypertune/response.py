@@ -132,7 +132,7 @@ class BestResponse:
     def fit_known(self, net: Net, rows: Rows) -> bool:
         """Fit ``net`` by w_φ at its setting, if ``rows`` are the training rows of a fold; says whether it did."""
         keys, key = [fold.key for fold in self.folds], fingerprint(*rows[:3])
-        if key not in keys:
+        if key not in keys or net.n_outputs_ != self.folds[0].net.n_outputs_:  # type: ignore[attr-defined]
             return False
         own = net.get_params()
         setting = {name: own[name.removeprefix(self.prefix)] for name in self.space.names}

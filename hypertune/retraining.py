@@ -44,6 +44,8 @@ class Retrained:
     objective : Objective
     keys : list of K str
         Fingerprints of the folds' training rows.
+    n_outputs : int
+        A fold that lacks a class is fitted alone, with fewer outputs.
     """
 
     space: Space
@@ -53,6 +55,7 @@ class Retrained:
     curves: Tensor
     objective: Objective
     keys: list[str]
+    n_outputs: int
 
     def validation_losses(self, folds: list[Fold]) -> Tensor:
         """Mean over folds of L_Valid of each setting on all validation rows, (C,); infinite where a model is not finite."""
@@ -66,7 +69,7 @@ class Retrained:
 
     def fit_known(self, net: TorchEstimator, rows: Rows) -> bool:
         """Fit the estimator by what is known, if its setting and its rows are; says whether it did."""
-        if (key := fingerprint(*rows[:3])) not in self.keys:
+        if (key := fingerprint(*rows[:3])) not in self.keys or net.n_outputs_ != self.n_outputs:
             return False
         own = net.get_params()
         lam = self.space.encode({name: own[name.removeprefix(self.prefix)] for name in self.space.names})
@@ -137,6 +140,5 @@ def retrain(space: Space, prefix: str, folds: list[Fold], objective: Objective, 
             optimizer.step()
             schedule.step()
             curves[number // per_epoch] += loss.detach() / per_epoch
-    return Retrained(
-        space, prefix, lam, w.detach(), curves.cpu(), objective, [fingerprint(*fold.train[:3]) for fold in folds]
-    )
+    keys = [fingerprint(*fold.train[:3]) for fold in folds]
+    return Retrained(space, prefix, lam, w.detach(), curves.cpu(), objective, keys, net.n_outputs_)

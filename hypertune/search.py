@@ -301,6 +301,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
         try:
             super().fit(X, y, **params)
         finally:
+            getattr(self, "_known", []).clear()  # the nets of best_response_ know the same list
             self.__dict__.update(own)
             for name in ("_inputs", "_routed", "_known", "_callback_ctx"):
                 self.__dict__.pop(name, None)

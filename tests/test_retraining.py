@@ -8,7 +8,7 @@ import torch
 from numpy.testing import assert_allclose
 from scipy.stats import loguniform, uniform
 from sklearn.base import clone
-from sklearn.model_selection import StratifiedKFold
+from sklearn.model_selection import KFold, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
@@ -100,6 +100,21 @@ def test_a_handful_of_settings_is_screened_and_the_best_is_start_and_candidate(b
     scores = found.cv_results_["mean_test_score"]
     assert scores[2] > scores[1]
     assert used.count(True) == 9
+
+
+def test_folds_that_lack_a_class_are_fitted_alone(iris, used):
+    """KFold on sorted labels: every training fold has two of the three classes."""
+    space = {"weight_decay": loguniform(1e-6, 1e0), "module__dropout": uniform(0, 0.5)}
+    found = search(space=space, cv=KFold(3), start="screened").fit(*iris)
+    assert not any(used)
+    assert np.isfinite(found.cv_results_["mean_test_score"]).all()
+
+
+def test_nothing_of_it_is_kept(iris):
+    found = search(start="screened").fit(*iris)
+    assert not any(fold.net._known for fold in found.best_response_.folds)
+    assert not found.best_estimator_._known
+    assert "_known" not in vars(found)
 
 
 def test_large_models_are_not_screened(iris):
