@@ -1,8 +1,8 @@
 """The search: scikit-learn's contract around hyper-training. No mathematics.
 
 ``HyperTrainingSearchCV`` is a ``BaseSearchCV`` that overrides where its candidates come from. It splits as
-``GridSearchCV`` does, hyper-trains all folds together, and hands a short list of candidates (the tuned setting and the
-estimator's own) to scikit-learn's ``evaluate_candidates``, which retrains and scores them. ``cv_results_``, ranks,
+``GridSearchCV`` does, hyper-trains all folds together, and hands a short list of candidates (the tuned setting, the best
+of a screening and the estimator's own) to scikit-learn's ``evaluate_candidates``, which retrains and scores them. ``cv_results_``, ranks,
 ``error_score``, multimetric scoring and ``refit`` are scikit-learn's own code.
 """
 
@@ -45,8 +45,9 @@ class HyperTrainingSearchCV(BaseSearchCV):
     """Hyperparameter search by gradients through a hypernetwork, with cross-validation.
 
     One training run of all folds learns the weights *as a function of the hyperparameters*, and the hyperparameters
-    descend the validation loss through that function [1]_. The tuned setting and the estimator's own are then
-    retrained from scratch and scored on every fold, and the better one is refitted on all the data.
+    descend the validation loss through that function [1]_. For small models a handful of settings, trained in one stacked
+    pass, says where to start. The tuned setting, the best of the handful and the estimator's own are then retrained from
+    scratch and scored on every fold, and the best one is refitted on all the data.
 
     Parameters
     ----------
@@ -293,7 +294,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
             self.estimator = clone(self.estimator)
             self._known: list[Any] = []
             _last(self.estimator)._known = self._known
-            if net.sample_weight is not None or f"{_prefix(self.estimator)}sample_weight" in self.param_distributions:
+            if net.sample_weight is not None or self._weighs_rows():
                 _last(self.estimator)._row_numbers = {}
         elif self.evaluate == "hypernetwork":
             raise ValueError("evaluate='hypernetwork' needs a TorchClassifier or TorchRegressor; use 'retrain'.")
@@ -309,6 +310,11 @@ class HyperTrainingSearchCV(BaseSearchCV):
             for name in ("_known", "_row_numbers"):
                 net.__dict__.pop(name, None)
         return self
+
+    def _weighs_rows(self) -> bool:
+        """Whether a weight for each row is among the hyperparameters."""
+        space = self.param_distributions  # not validated yet
+        return isinstance(space, Mapping) and f"{_prefix(self.estimator)}sample_weight" in space
 
     def _get_routed_params_for_fit(self, params: Any) -> Any:
         if self._inputs[1] is None and get_tags(self).target_tags.required:
@@ -441,7 +447,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
         number = np.arange(_num_samples(X))[train]
         if isinstance(net, TorchEstimator):
             net._note_rows(X_train, y_train, number)
-            if f"{_prefix(self.estimator)}sample_weight" in self.param_distributions:
+            if self._weighs_rows():
                 net.sample_weight = None  # it is λ
         encoded = net._encode(X_train, y_train, weight, all_y=y)
         if weight is not None:
