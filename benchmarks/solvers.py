@@ -282,6 +282,8 @@ def _cv_loss_by_epoch(problem: Problem, params: dict[str, Any], trial: optuna.Tr
             X_train = model[:-1].fit_transform(X_train, problem.y[train])
             X_valid = model[:-1].transform(X_valid)
         if k == 0:
+            if not hasattr(net, "set_callbacks"):
+                raise RuntimeError("Pruning by epoch goes through scikit-learn's callbacks: it needs scikit-learn 1.9.")
             net.set_callbacks(_Report(trial, partial(_negative_score, scorer, X_valid, problem.y[valid])))
         net.fit(X_train, problem.y[train])
         losses.append(_negative_score(scorer, X_valid, problem.y[valid], net))
