@@ -14,7 +14,10 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from hypertune import MLP, HyperTrainingSearchCV, TorchClassifier, per_unit
-from hypertune.response import Fold
+from hypertune.batches import Rows
+from hypertune.losses import cross_entropy
+from hypertune.objective import Objective
+from hypertune.response import Fold, full_losses
 from hypertune.retraining import Retrained, retrain
 from hypertune.space import Space
 from hypertune.training import stack
@@ -66,6 +69,18 @@ def test_through_a_pipeline(iris, used):
     space = {f"torchclassifier__{name}": prior for name, prior in SPACE.items()}
     search(make_pipeline(StandardScaler(), NET), space).fit(*iris)
     assert used == [True] * 6 + [False]
+
+
+def test_the_full_validation_loss_is_the_weighted_mean_over_all_rows_in_pieces():
+    """Two models on 5,000 weighted rows, which is more than one piece, against the mean by hand."""
+    torch.manual_seed(0)
+    objective = Objective(nn.Linear(3, 2), cross_entropy)
+    rows = Rows(torch.randn(5000, 3), torch.arange(5000) % 2, torch.linspace(0.1, 2.0, 5000))
+    w = torch.randn(2, objective.D)
+    for model, loss in zip(w, full_losses(objective, w, rows, 0), strict=True):
+        named = objective.named(model)
+        each = cross_entropy(rows.x @ named["weight"].T + named["bias"], rows.y)
+        assert_allclose(float(loss), float((rows.weight * each).sum() / rows.weight.sum()), rtol=1e-4)
 
 
 def test_a_diverging_candidate_is_left_to_its_own_fit(iris):
