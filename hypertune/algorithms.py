@@ -79,6 +79,10 @@ class ResponseOptimizer(Protocol):
         """Move φ; features (K, m, r) of the sampled λ, G (K, m, D) = ∂L_Train/∂w there."""
         ...
 
+    def step_at_center(self, G: Tensor) -> None:
+        """Move w₀ alone; G (K, D) = ∂L_Train/∂w at λ̂."""
+        ...
+
 
 # --- the three algorithms --------------------------------------------------------------------------------------------
 
@@ -115,7 +119,7 @@ def joint(
     warmup : int, default=0
         Steps before λ̂ may move.
     every : int, default=1
-        λ̂ moves at one step in this many.
+        λ is sampled, and λ̂ moves, at one step in this many. The steps between train w₀ at λ̂, at the price of a plain step.
     generator : torch.Generator
         Draws ε.
     adjoint : Adjoint, optional
@@ -128,10 +132,13 @@ def joint(
     number = 0
     while True:
         number += 1
+        if (number - 1) % every:
+            yield Step(number, _descend_w(problem, hypernetwork, phi_optimizer, lam_hat), None)  # λ = λ̂, φ = w₀
+            continue
         lam = _inside(_neighbours(lam_hat, sigma, m, generator), problem)  # λ ~ p(λ | λ̂)
         train = _descend_phi(problem, hypernetwork, phi_optimizer, lam, lam_hat)  # φ ← φ − α ∇_φ L_Train(w_φ(λ), λ, x)
         valid = None
-        if number > warmup and number % every == 0:
+        if number > warmup:
             valid = _descend_lam(
                 problem, hypernetwork, lam_hat, lam_optimizer, adjoint
             )  # λ̂ ← λ̂ − β ∇_λ̂ L_Valid(w_φ(λ̂), x)
@@ -263,6 +270,18 @@ def _descend_phi(
     return loss.detach().mean()
 
 
+def _descend_w(
+    problem: Problem, hypernetwork: Hypernetwork, phi_optimizer: ResponseOptimizer, lam_hat: Tensor
+) -> Tensor:
+    x = next(problem.train_batches)
+    settle(problem, hypernetwork, lam_hat, x)
+    w = _weights(hypernetwork, hypernetwork.features(lam_hat.detach()[None]))
+    loss = problem.train_loss(w, lam_hat.detach()[None], x)
+    (G,) = torch.autograd.grad(loss.sum(), w)
+    phi_optimizer.step_at_center(G[:, 0])
+    return loss.detach().mean()
+
+
 def _descend_lam(
     problem: Problem,
     hypernetwork: Hypernetwork,
@@ -376,6 +395,14 @@ class PlainOptimizer:
         _backward_basis(self.hypernetwork, features, G / m)
         self.weight_optimizer.step()
 
+    def step_at_center(self, G: Tensor) -> None:
+        """See :class:`ResponseOptimizer`."""
+        self.hypernetwork.w0.grad = G
+        for parameter in self.hypernetwork.parameters():
+            if parameter is not self.hypernetwork.w0:
+                parameter.grad = None
+        self.weight_optimizer.step()
+
 
 class TangentOptimizer:
     """w₀ by any torch optimizer, and V by the tangent of that optimizer's own dynamics. The default.
@@ -429,6 +456,11 @@ class TangentOptimizer:
         if self.basis_optimizer is not None:
             _backward_basis(hypernetwork, features, G / features.shape[1])
             self.basis_optimizer.step()
+
+    def step_at_center(self, G: Tensor) -> None:
+        """See :class:`ResponseOptimizer`."""
+        self.hypernetwork.w0.grad = G
+        self.weight_optimizer.step()
 
 
 def preconditioner(w0: nn.Parameter, optimizer: torch.optim.Optimizer) -> Tensor:

@@ -29,6 +29,10 @@ class Rows(NamedTuple):
     weight: Tensor | None = None
     number: Tensor | None = None
 
+    def take(self, rows: Tensor) -> Rows:
+        """Some of the rows, by position."""
+        return Rows(*(None if t is None else t[rows.to(t.device)] for t in self))  # type: ignore[arg-type]
+
 
 class Batch(NamedTuple):
     """Rows for M models: ``x`` (M, B, ...), ``y`` (M, B) or (M, B, outputs), ``weight`` (M, B) of mean one, or None.

@@ -51,6 +51,20 @@ LOSS_HYPERPARAMETERS: dict[str, tuple[float, float]] = {
 }
 
 
+class _HalfSquares(torch.autograd.Function):
+    """½ Σ mask · w² for each row of w (M, D), with half the passes over w that autograd needs for it."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(w, mask)
+        return 0.5 * ((w * w) @ mask)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        w, mask = ctx.saved_tensors
+        return (grad[:, None] * w) * mask, None
+
+
 # --- the objective ---------------------------------------------------------------------------------------------------
 
 
@@ -268,9 +282,9 @@ class Objective:
             loss = (1 - share) * self._mean_loss(outputs, batch, smoothing) + share * mixed_in
         weight_decay, l1 = values.get("weight_decay", 0.0), values.get("l1", 0.0)
         if not is_zero(weight_decay):
-            loss = loss + 0.5 * self._penalty(weight_decay, w * w)
+            loss = loss + self._penalty(weight_decay, w, squared=True)
         if not is_zero(l1):
-            loss = loss + self._penalty(l1, w.abs())
+            loss = loss + self._penalty(l1, w, squared=False)
         if self.penalty is not None:
             loss = loss + self._own_penalty(w, _keywords("penalty__", values))
         return loss
@@ -299,11 +313,11 @@ class Objective:
             augmented.append(own)
         return torch.stack(augmented).to(x.dtype)
 
-    def _penalty(self, strength: Value, powers: Tensor) -> Tensor:
-        """Σ over penalised weights of strength · power, (M,); the strength is one per model or one per weight."""
+    def _penalty(self, strength: Value, w: Tensor, *, squared: bool) -> Tensor:
+        """Σ over penalised weights of strength · ½w² or |w|, (M,); the strength is one per model or one per weight."""
         if isinstance(strength, Tensor) and strength.dim() == 2:
-            return (powers * (strength * self._penalised)).sum(dim=-1)
-        return strength * (powers * self._penalised).sum(dim=-1)
+            return ((0.5 * w * w if squared else w.abs()) * (strength * self._penalised)).sum(dim=-1)
+        return strength * (_HalfSquares.apply(w, self._penalised) if squared else w.abs() @ self._penalised)
 
     def valid_loss(self, w: Tensor, batch: Batch, *, fold: int | None = None) -> Tensor:
         """Validation loss of each model, (M, D) → (M,): mean over rows, no noise, no penalty, module in eval mode.

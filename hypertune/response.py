@@ -45,6 +45,13 @@ class Fold:
     valid: Rows
     key: str = ""
 
+    def with_fewer_valid(self, most: int) -> Fold:
+        """The same fold with at most so many of its validation rows, a draw that is the same every time."""
+        if len(self.valid.x) <= most:
+            return self
+        drawn = torch.randperm(len(self.valid.x), generator=torch.Generator().manual_seed(0))[:most]
+        return replace(self, valid=self.valid.take(drawn))
+
     def without_training_rows(self) -> Fold:
         """What a trained response needs of the fold: a search that is kept or pickled holds no copy of its training data."""
         nothing = Rows(self.train.x[:0], self.train.y[:0])
@@ -148,12 +155,14 @@ class BestResponse:
         with torch.no_grad():
             return self.hypernetwork(lam.to(self.hypernetwork.w0))
 
-    def _validation_losses(self, lam: Tensor) -> Tensor:
-        """λ (m, n) → (K, m), on all validation rows of each fold."""
+    def _validation_losses(self, lam: Tensor, folds: Sequence[Fold] | None = None) -> Tensor:
+        """λ (m, n) → (K, m), on all validation rows of each fold, or on those of the given ones."""
         losses = []
         for one in lam.to(self.hypernetwork.w0):  # one λ at a time: K copies of the model in memory, not K × m
             w = self._weights(one[None])
-            losses.append(torch.cat([full_losses(self.objective, w[k], f.valid, k) for k, f in enumerate(self.folds)]))
+            losses.append(
+                torch.cat([full_losses(self.objective, w[k], f.valid, k) for k, f in enumerate(folds or self.folds)])
+            )
         return torch.stack(losses, dim=1).cpu()
 
     def _complete(self, params: Mapping[str, Value]) -> dict[str, Value]:

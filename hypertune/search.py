@@ -142,8 +142,8 @@ class HyperTrainingSearchCV(BaseSearchCV):
     best_response_ : BestResponse
         The learned best response: weights, a fitted estimator or a validation curve at any setting, without training.
     history_ : dict of arrays
-        The hyper-training: "step", "seconds", "epoch", "train_loss" and "validation_loss" (means over folds), and the
-        path of each hyperparameter under its name.
+        The hyper-training: "step", "seconds", "epoch", "train_loss" and "validation_loss" (means over folds, the
+        latter on at most 1,000 validation rows of each), and the path of each hyperparameter under its name.
     n_features_in_ : int
         Number of features seen during fit; only if ``refit``.
     feature_names_in_ : ndarray of shape (n_features_in_,)

@@ -44,6 +44,9 @@ from hypertune.space import Space
 from hypertune.tunable import arrangements, find_reaches
 
 _VALID_BATCH = 256
+_EVERY = 2  # steps per sample of λ and move of λ̂; the others are plain
+_RECORDS = 50
+_RECORDED_ROWS = 1_000  # of each fold's validation rows
 _SCREENED = 512  # settings that "global" ranks before its descent
 _GLOBAL_FIT = 0.75  # share of the steps of "global" that fit the response; the rest descends it
 _SETTLING = 50  # minibatches after which BatchNorm has forgotten what it was before
@@ -132,15 +135,16 @@ def hyper_train(
             lam_hat.grad.mul_(sizes)  # type: ignore[union-attr]
 
         lam_optimizer.register_step_pre_hook(prepare_slopes)
-        decay = 1 / max(steps - first, 1) if hyper_lr_schedule == "linear" else 0.0
+        every = _EVERY if algorithm == "joint" and response_optimizer == "tangent" and adjoint is None else 1
+        decay = every / max(steps - first, 1) if hyper_lr_schedule == "linear" else 0.0
         lam_schedule = LambdaLR(lam_optimizer, lambda t: max(0.0, 1 - decay * t))
         run = _run(
             algorithm, problem, phi, lam_hat, phi_optimizer, lam_optimizer, adjoint, space,
-            scale=scale, m=n_samples, warmup=first, phi_steps=phi_steps, seed=seed,
+            scale=scale, m=n_samples, warmup=first, every=every, phi_steps=phi_steps, seed=seed,
         )  # fmt: skip
 
         trace = _Trace(response, lam_hat, begin, per_epoch, averaged_from=max(first, (1 - averaging) * steps))
-        every = max(1, min(per_epoch, steps // 50))
+        recorded = max(1, min(per_epoch, steps // _RECORDS))
         with tqdm(total=steps, desc="hyper-training", unit="step", disable=not progress, leave=False) as bar:
             for number, step in enumerate(islice(run, steps), start=1):
                 for schedule in phi_schedules if step.train_loss is not None else ():
@@ -149,7 +153,7 @@ def hyper_train(
                     lam_schedule.step()
                 trace.see(number, step)
                 stop = number % per_epoch == 0 and end_epoch()
-                if number % every == 0 or number == steps or stop:
+                if number % recorded == 0 or number == steps or stop:
                     trace.record(number)
                     bar.update(number - bar.n)
                     bar.set_postfix(validation_loss=f"{trace.rows[-1]['validation_loss']:.4g}")
@@ -313,6 +317,7 @@ def _run(
     scale: float | None,
     m: int | None,
     warmup: int,
+    every: int,
     phi_steps: int,
     seed: int,
 ) -> Iterator[Step]:
@@ -323,7 +328,7 @@ def _run(
             sigma = torch.where(adjoint.coordinates, 0.0, sigma)
         yield from joint(
             problem, phi, lam_hat, phi_optimizer, lam_optimizer,
-            sigma=sigma, m=m or 2, warmup=warmup, generator=generator, adjoint=adjoint,
+            sigma=sigma, m=m or 2, warmup=warmup, every=every, generator=generator, adjoint=adjoint,
         )  # fmt: skip
     elif algorithm == "simplified":
         yield from simplified(problem, phi, lam_hat, phi_optimizer, lam_optimizer, warmup=warmup, adjoint=adjoint)
@@ -364,6 +369,7 @@ class _Trace:
     def __init__(self, response: BestResponse, lam_hat: Tensor, begin: float, per_epoch: int, averaged_from: float):
         self.response, self.lam_hat, self.begin, self.per_epoch = response, lam_hat, begin, per_epoch
         self.averaged_from = averaged_from
+        self._folds = [fold.with_fewer_valid(_RECORDED_ROWS) for fold in response.folds]
         self.rows: list[dict[str, Any]] = []
         self._losses: list[Tensor] = []
         self._sum, self._count = torch.zeros_like(lam_hat), 0
@@ -381,7 +387,7 @@ class _Trace:
         train_loss = float(torch.stack(self._losses).mean()) if self._losses else self.rows[-1]["train_loss"]
         self._losses.clear()
         lam = self.lam_hat.detach().cpu().double()
-        valid_loss = float(self.response._validation_losses(lam[None]).mean())
+        valid_loss = float(self.response._validation_losses(lam[None], self._folds).mean())
         if not (math.isfinite(train_loss) and math.isfinite(valid_loss) and bool(lam.isfinite().all())):
             raise ValueError(
                 f"Hyper-training diverged before step {number}: training loss {train_loss}, validation loss {valid_loss}, "

@@ -213,8 +213,28 @@ def test_lam_hat_waits_for_the_warmup_and_stays_in_its_box(ridge: Ridge):
         sigma=0.3, warmup=5, every=2, generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     steps = list(itertools.islice(run, 9))
-    assert [s.number for s in steps if s.valid_loss is not None] == [6, 8]
+    assert [s.number for s in steps if s.valid_loss is not None] == [7, 9]
     assert float(lam_hat) in (pytest.approx(-2.1), pytest.approx(-1.9))
+
+
+def test_the_steps_between_samples_are_plain_training_at_lam_hat(ridge: Ridge):
+    """every=2: the second step leaves V and λ̂ alone, and moves w₀ as a plain optimizer step of L_Train(·, λ̂) does."""
+    lam_hat = torch.tensor([-2.0], dtype=torch.float64)
+    hypernetwork = Linear().build(torch.ones(1, 8, dtype=torch.float64), lam_hat, Layout(torch.arange(8)))
+    phi = TangentOptimizer(hypernetwork, torch.optim.SGD([hypernetwork.w0], lr=0.05))
+    problem, g = ridge.problem(), torch.Generator().manual_seed(0)
+    run = joint(
+        problem, hypernetwork, lam_hat, phi, torch.optim.SGD([lam_hat], lr=0.1), sigma=0.3, every=2, generator=g
+    )
+    assert next(run).valid_loss is not None
+    V, w0, lam = hypernetwork.maps[0].V.clone(), hypernetwork.w0.detach().clone().requires_grad_(), lam_hat.clone()
+    (G,) = torch.autograd.grad(problem.train_loss(w0[:, None], lam[None], next(problem.train_batches)).sum(), w0)
+    step = next(run)
+    assert step.valid_loss is None
+    assert V.any()
+    assert_close(hypernetwork.maps[0].V, V)
+    assert_close(lam_hat, lam)
+    assert_close(hypernetwork.w0.detach(), w0.detach() - 0.05 * G)
 
 
 def test_sigma_to_zero_is_algorithm_4(ridge: Ridge):
