@@ -25,8 +25,9 @@ from hypertune.training import make_values
 
 _MOST_WEIGHTS = 2**27  # of all models together
 _SCREENED_WEIGHTS = 600_000  # beyond it the models of a screening cost what each would alone
-_FEWEST_SCREENED = 4
-_LINE = (0.55, 0.7, 0.4, 0.85)  # quantiles
+_LINE = (0.4, 0.5, 0.6, 0.7)  # quantiles
+_SCREENED_STEPS = 150  # a screening is at least so long, or as long as a fit
+_SCREENED_SHARE = 1 / 3
 
 
 @dataclass
@@ -87,27 +88,47 @@ class Retrained:
         return True
 
 
-def screen(space: Space, prefix: str, folds: list[Fold], objective: Objective, current: Tensor) -> Retrained | None:
-    """Train a handful of settings along the way from weak to strong regularisation; None where stacking does not pay.
+def screen(space: Space, prefix: str, folds: list[Fold], objective: Objective, current: Tensor) -> Tensor | None:
+    """Where λ̂ should start (n,): the best of a handful of settings from weak to strong regularisation; None where stacking does not pay.
 
-    The first is ``current`` (n,). Then come the quantiles of all logarithmic hyperparameters together, the others as they are or
-    a quarter of the way up.
+    They are ``current`` (n,), a line of quantiles of all logarithmic hyperparameters together with the others as they are, and
+    two of that line with the others a quarter of the way up. They are trained for a third of a fit, with a schedule of that
+    length: which is best is seen by then, which of the others is good may not be. If it is inside the line, λ̂ starts at the vertex of the parabola through it and its
+    neighbours.
     """
-    most = _SCREENED_WEIGHTS // (len(folds) * objective.D)
-    if most < _FEWEST_SCREENED:
-        return None
     log = torch.cat([torch.full((h.size,), h.coordinate == "log") for h in space.hyperparameters])
-    settings = [current]
-    for share, quantiles in ((None, _LINE), (0.25, _LINE[:2])):
-        for q in quantiles if log.any() else (0.5,):
-            lam = space.quantile(np.where(log, q, 0.25 if share is None else share)[None])[0]
-            settings.append(torch.where(log, lam, current) if share is None else lam)
-    unique = list({tuple(lam.tolist()): lam for lam in settings}.values())
-    return retrain(space, prefix, folds, objective, torch.stack(unique[:most]))
+    line = space.quantile(np.array(_LINE)[:, None].repeat(space.n, axis=1)) if log.any() else current.repeat(0, 1)
+    quarter = space.quantile(np.full((1, space.n), 0.25))
+    as_they_are = torch.where(log, line, current)
+    up = torch.where(log, line[1:3], quarter) if log.any() else quarter
+    settings = torch.cat([as_they_are, current[None], up])
+    if len(folds) * len(settings) * objective.D > _SCREENED_WEIGHTS:
+        return None
+    net = folds[0].net
+    per_epoch = Minibatches([fold.train for fold in folds], net.batch_size, seed=0).steps_per_epoch
+    steps = max(_SCREENED_SHARE * net.max_epochs * per_epoch, _SCREENED_STEPS)
+    screened = retrain(
+        space, prefix, folds, objective, settings, epochs=min(net.max_epochs, math.ceil(steps / per_epoch))
+    )
+    if screened is None:
+        return None
+    losses = screened.validation_losses(folds)
+    best = int(losses.argmin())
+    if 0 < best < len(line) - 1:
+        before, here, after = losses[best - 1 : best + 2].log().tolist()
+        shift = 0.5 * (before - after) / max(before - 2 * here + after, 1e-12)  # in steps of the line, at most ½
+        towards = settings[best + (1 if shift > 0 else -1)]
+        return torch.lerp(settings[best], towards, abs(shift))
+    return settings[best]
 
 
-def retrain(space: Space, prefix: str, folds: list[Fold], objective: Objective, lam: Tensor) -> Retrained | None:
-    """Train C settings (C, n) on all folds; None where they cannot be stacked or someone wants to watch each fit."""
+def retrain(
+    space: Space, prefix: str, folds: list[Fold], objective: Objective, lam: Tensor, *, epochs: int | None = None
+) -> Retrained | None:
+    """Train C settings (C, n) on all folds; None where they cannot be stacked or someone wants to watch each fit.
+
+    ``epochs`` is the net's own ``max_epochs`` unless given.
+    """
     net = folds[0].net
     K, C = len(folds), len(lam)
     if (
@@ -125,6 +146,7 @@ def retrain(space: Space, prefix: str, folds: list[Fold], objective: Objective, 
         return None
     stream = Minibatches([fold.train for fold in folds], net.batch_size, seed=seed)
     per_epoch = stream.steps_per_epoch
+    epochs = net.max_epochs if epochs is None else epochs
     with isolated(seed, net.device):
         w0 = []
         for fold in folds:
@@ -132,9 +154,9 @@ def retrain(space: Space, prefix: str, folds: list[Fold], objective: Objective, 
             w0.append(fold.net._make_objective(fold.net._build_module()).initial_weights())
         w = nn.Parameter(torch.stack(w0)[:, None].repeat(1, C, 1))
         values = make_values(space, prefix, objective, net)(lam.to(w), K)
-        optimizer, schedule = net._make_optimizer([w], net.max_epochs * per_epoch)
-        curves = torch.zeros(net.max_epochs, K, C, device=w.device, dtype=w.dtype)
-        for number in range(net.max_epochs * per_epoch):
+        optimizer, schedule = net._make_optimizer([w], epochs * per_epoch)
+        curves = torch.zeros(epochs, K, C, device=w.device, dtype=w.dtype)
+        for number in range(epochs * per_epoch):
             loss = objective.train_loss(w.flatten(0, 1), values, next(stream).repeat(C)).view(K, C)
             (w.grad,) = torch.autograd.grad(loss.sum(), w)
             optimizer.step()

@@ -357,12 +357,9 @@ class HyperTrainingSearchCV(BaseSearchCV):
         space, objective, w0 = stack(space, prefix, folds, _num_samples(self._inputs[0]), seed)
         settings = self._settings()
         current = space.encode({name: settings[name] for name in space.names})  # moved into the declared bounds
-        start, screened = current, None
+        start = None
         if self._may_retrain_together() and self.start == "screened" and self.algorithm != "global":
-            screened = screen(space, prefix, folds, objective, current)
-        if screened is not None:
-            self._known.append(screened)
-            start = screened.lam[screened.validation_losses(folds).argmin()]
+            start = screen(space, prefix, folds, objective, current)
         max_epochs = net.max_epochs if self.max_epochs is None else self.max_epochs
         with self._hyper_training_task(max_epochs) as end_epoch:
             response, self.history_ = hyper_train(
@@ -371,7 +368,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
                 folds,
                 objective,
                 w0,
-                _out_of_corners(space, start),
+                _out_of_corners(space, current if start is None else start),
                 algorithm=self.algorithm,
                 hypernetwork=HYPERNETWORKS[self.hypernetwork]
                 if isinstance(self.hypernetwork, str)
@@ -395,12 +392,13 @@ class HyperTrainingSearchCV(BaseSearchCV):
             self._known.append(response)
             return [response.params]
         tuned = space.encode(response.params)
+        candidates = [tuned, current] if start is None else [tuned, (tuned + start) / 2, start, current]
+        candidates = list({tuple(lam.tolist()): lam for lam in candidates}.values())
         if self._may_retrain_together():
-            new = [tuned] if screened is not None else [tuned, current]
-            if (retrained := retrain(space, prefix, folds, objective, torch.stack(new))) is not None:
+            retrained = retrain(space, prefix, folds, objective, torch.stack(candidates))
+            if retrained is not None:
                 self._known.append(retrained)
-        others = [current] if start is current or torch.equal(start, current) else [current, start]
-        return [space.decode(lam) for lam in (tuned, *others)]
+        return [space.decode(lam) for lam in candidates]
 
     def _may_retrain_together(self) -> bool:
         """Unless a callback wants to see every fit, or nothing is to be retrained."""

@@ -114,7 +114,9 @@ def hyper_train(
         phi_optimizer, phi_schedules = _phi_optimizer(net, phi, response_optimizer, phi_steps)
         rows = _of_rows(space).to(w0.device)
         adjoint = Adjoint(rows, phi, phi_optimizer.weight_optimizer) if rows.any() else None
-        lam_optimizer = torch.optim.Adam([lam_hat], lr=hyper_lr, betas=(0.9, 0.99), eps=hyper_eps)
+        every = _EVERY if algorithm == "joint" and response_optimizer == "tangent" and adjoint is None else 1
+        # λ̂ moves once in `every` steps, and as far as if it did in all of them.
+        lam_optimizer = torch.optim.Adam([lam_hat], lr=every * hyper_lr, betas=(0.9, 0.99), eps=hyper_eps)
         # Each of many values has a small slope of its own; what matters is the slope of moving all of them together.
         sizes = space.sizes.to(lam_hat)
 
@@ -135,7 +137,6 @@ def hyper_train(
             lam_hat.grad.mul_(sizes)  # type: ignore[union-attr]
 
         lam_optimizer.register_step_pre_hook(prepare_slopes)
-        every = _EVERY if algorithm == "joint" and response_optimizer == "tangent" and adjoint is None else 1
         decay = every / max(steps - first, 1) if hyper_lr_schedule == "linear" else 0.0
         lam_schedule = LambdaLR(lam_optimizer, lambda t: max(0.0, 1 - decay * t))
         run = _run(
