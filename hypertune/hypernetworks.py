@@ -209,6 +209,14 @@ class Hypernetwork(nn.Module):
         """λ of shape (m, n) → weights (K, m, D)."""
         return self.weights(self.features(lam))
 
+    def keep(self, K: int) -> None:
+        """Let go of all but the first K of the stacked hypernetworks."""
+        for parameter in self.parameters():
+            parameter.data = parameter.data[:K].clone()
+        for module in self.modules():
+            if isinstance(module, _Identity):
+                module.K = K
+
     def pull_back(self, features: Tensor, G: Tensor) -> Tensor:
         """∂/∂features of Σ_m ⟨G, w⟩, shape (K, m, r)."""
         gradient = torch.zeros_like(features)

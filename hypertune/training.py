@@ -45,6 +45,8 @@ from hypertune.tunable import arrangements, find_reaches
 
 _VALID_BATCH = 256
 _EVERY = 2  # steps per sample of λ and move of λ̂; the others are plain
+_MOST_INITS = 3
+_INITS_WEIGHTS = 75_000  # of all folds and initial weights together; beyond it another copy costs what it would alone
 _RECORDS = 50
 _RECORDED_ROWS = 1_000  # of each fold's validation rows
 _SCREENED = 512  # settings that "global" ranks before its descent
@@ -68,6 +70,7 @@ def hyper_train(
     scale: float | None,
     grain_scale: float | None,
     n_samples: int | None,
+    n_inits: int | None,
     hyper_lr: float,
     hyper_lr_schedule: str,
     hyper_eps: float,
@@ -96,11 +99,16 @@ def hyper_train(
         If the loss is no longer finite (naming step and λ̂).
     """
     begin = time.perf_counter()
-    net = folds[0].net
+    net, K = folds[0].net, len(folds)
+    rows = _of_rows(space).to(w0.device)
     with isolated(seed, net.device):
         lam_hat = start.to(w0)
-        train_batches = Minibatches([fold.train for fold in folds], net.batch_size, seed=seed)
-        problem = _problem(space, prefix, objective, folds, train_batches, seed, w0)
+        if n_inits is None:
+            n_inits = min(_MOST_INITS, _INITS_WEIGHTS // w0.numel()) if objective.stacked and not rows.any() else 1
+        models = folds * max(n_inits, 1)
+        w0 = torch.cat([w0, *(net._make_objective(f.net._build_module()).initial_weights()[None] for f in models[K:])])
+        train_batches = Minibatches([fold.train for fold in models], net.batch_size, seed=seed)
+        problem = _problem(space, prefix, objective, models, train_batches, seed, w0)
         center = lam_hat if algorithm == "joint" else lam_hat.clone()
         if algorithm == "simplified":  # with V = 0 at a distance from λ̂, larger λ begins by meaning: closer to w₀
             center = torch.minimum(center + _SIMPLIFIED_OFFSET, problem.high)
@@ -112,7 +120,6 @@ def hyper_train(
         phi_steps = math.ceil(_GLOBAL_FIT * steps) if algorithm == "global" else steps
         first = phi_steps if algorithm == "global" else int(warmup * steps)
         phi_optimizer, phi_schedules = _phi_optimizer(net, phi, response_optimizer, phi_steps)
-        rows = _of_rows(space).to(w0.device)
         adjoint = Adjoint(rows, phi, phi_optimizer.weight_optimizer) if rows.any() else None
         every = _EVERY if algorithm == "joint" and response_optimizer == "tangent" and adjoint is None else 1
         # λ̂ moves once in `every` steps, and as far as if it did in all of them.
@@ -163,6 +170,7 @@ def hyper_train(
         average = trace.average()
         for _ in range(_SETTLING if objective.has_statistics else 0):  # running statistics at the tuned setting
             settle(problem, phi, average, next(train_batches))
+    phi.keep(K)  # the other initial weights have done their part
     response.params = space.decode(average)
     phi.center = phi.center.detach().clone()
     phi.requires_grad_(False)

@@ -18,7 +18,7 @@ from hypertune.batches import Rows
 from hypertune.losses import cross_entropy
 from hypertune.objective import Objective
 from hypertune.response import Fold, full_losses
-from hypertune.retraining import Retrained, retrain
+from hypertune.retraining import Retrained, retrain, screen
 from hypertune.space import Space
 from hypertune.training import stack
 
@@ -105,16 +105,45 @@ def test_a_handful_of_settings_is_screened_and_the_best_is_start_and_candidate(b
     net = clone(NET).set_params(max_epochs=40, lr=1e-2, input_noise=0.0)
     space = {"weight_decay": loguniform(1e-6, 1e1), "module__dropout": uniform(0, 0.8)}
     found = search(net, space, start="screened", scoring="neg_log_loss", hyper_lr=1e-6).fit(X, y)
-    tuned, current, best = found.cv_results_["params"]
+    tuned, middle, best, current = found.cv_results_["params"]
     assert current == {"weight_decay": pytest.approx(1e-6), "module__dropout": 0.1}
-    expected = loguniform(1e-6, 1e1).ppf([0.55, 0.7, 0.4, 0.85])
-    assert np.isclose(best["weight_decay"], expected).any()
+    low, high = loguniform(1e-6, 1e1).ppf([0.4, 0.7])
+    assert low <= best["weight_decay"] <= high
     assert best["module__dropout"] == pytest.approx(0.1) or best["module__dropout"] == pytest.approx(0.2)
     for name in space:  # λ̂ starts at the best of them, and does not move at this step size
         assert tuned[name] == pytest.approx(best[name], rel=1e-2)
+        assert middle[name] == pytest.approx(best[name], rel=1e-2)
     scores = found.cv_results_["mean_test_score"]
-    assert scores[2] > scores[1]
-    assert used.count(True) == 9
+    assert scores[2] > scores[3]
+    assert used.count(True) == 12
+
+
+def test_the_start_is_between_the_screened_settings_where_a_parabola_through_their_losses_is_lowest(iris, monkeypatch):
+    """Losses that are a parabola in the position on the line: its minimum, exactly."""
+    X, y = iris
+    net, space = clone(NET), Space.from_distributions({"weight_decay": loguniform(1e-6, 1e1)})
+    rows = net._encode(X, y)
+    folds = [Fold(net, None, rows, rows)]
+    space, objective, _ = stack(space, "", folds, len(X), 0)
+    current = space.encode({"weight_decay": 1e-6})
+
+    def losses(self, folds):
+        return (0.3 * (self.lam[:, 0] - np.log(5e-3)) ** 2).exp()
+
+    monkeypatch.setattr(Retrained, "validation_losses", losses)
+    start = screen(space, "", folds, objective, current)
+    assert space.decode(start)["weight_decay"] == pytest.approx(5e-3, rel=1e-4)
+
+
+def test_lam_hat_is_shared_by_several_initial_weights_and_one_per_fold_remains(iris):
+    """With n_inits the path differs, the response keeps K folds, and its losses are those of the trace."""
+    X, y = iris
+    one, two = (search(n_inits=n, evaluate="hypernetwork").fit(X, y) for n in (1, 2))
+    assert not np.allclose(one.history_["module__dropout"], two.history_["module__dropout"])
+    response = two.best_response_
+    assert len(response.hypernetwork.w0) == 3
+    assert response.validation_curve("module__dropout", [0.1, 0.2]).shape == (2, 3)
+    assert response.validation_loss() == pytest.approx(two.history_["validation_loss"][-1], rel=0.05)
 
 
 def test_folds_that_lack_a_class_are_fitted_alone(iris, used):
