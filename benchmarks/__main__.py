@@ -8,18 +8,18 @@ from pathlib import Path
 
 from benchmarks.arena import fight
 from benchmarks.comparison import compare
-from benchmarks.cost import measure_step_cost
+from benchmarks.cost import measure_cost
 from benchmarks.problems import ARENA, digits, mnist_conv, mnist_mlp
 from benchmarks.relevance import measure_relevance
 from benchmarks.solvers import SOLVERS
 
 NAMES = {
-    "arena": "every solver on every problem at our wall clock; resumes where it was (hours; --problems, --solvers, --patience)",
+    "arena": "every solver on every problem at our wall clock; resumes where it was (hours; --problems, --solvers, --patience, --jobs)",
     "digits": "the main job: MLP 64-64 on digits, 5 hyperparameters, 3 folds, against TPE and random search (2 minutes a seed)",
     "mnist-mlp": "784-256-256-10 on 5,000 MNIST images, 6 hyperparameters, against TPE's best of 30 (6 minutes a seed)",
     "mnist-conv": "a small ConvNet with BatchNorm on 5,000 MNIST images, 8 hyperparameters, 4 of them per layer (5 minutes a seed)",
     "per-feature": "one weight decay per feature against one for all, nested cross-validation on two tables (3 minutes a seed)",
-    "step-cost": "seconds of one joint step over seconds of one plain training step, 784-256-256-10, n = 6 (1 minute)",
+    "cost": "a search over one plain training, five shared folds over one, memory in copies of the model (2 minutes)",
 }
 
 
@@ -37,6 +37,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--patience", type=float, default=1.0, help="others go on to match us for so many times our seconds"
     )
+    parser.add_argument("--jobs", type=int, default=1, help="cells of the arena run at the same time (default 1)")
+    parser.add_argument("--first-seed", type=int, default=0, help="of the arena (default 0)")
     arguments = parser.parse_args(argv)
     if arguments.name == "list":
         for name, line in NAMES.items():
@@ -49,6 +51,8 @@ def main(argv: list[str] | None = None) -> None:
             arguments.out,
             arguments.mnist,
             arguments.patience,
+            arguments.jobs,
+            arguments.first_seed,
         )
     elif arguments.name == "digits":
         compare(digits, arguments.seeds, arguments.out)
@@ -59,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     elif arguments.name == "per-feature":
         measure_relevance(arguments.seeds)
     else:
-        measure_step_cost()
+        measure_cost()
 
 
 if __name__ == "__main__":

@@ -1,54 +1,96 @@
-"""What one joint step costs, in plain training steps of the same network on the same minibatch size."""
+"""What a search costs, in plain training runs of the same network for the same epochs: time, folds and memory."""
 
 from __future__ import annotations
 
+import resource
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from benchmarks.mnist import three_dropouts
 from benchmarks.problems import MNIST_SPACE
-from hypertune import HyperTrainingSearchCV, TorchClassifier
+from hypertune import MLP, HyperTrainingSearchCV, TorchClassifier
 
-_EPOCHS = 4
+_EPOCHS = 15
+_WIDTH = 2048  # hidden units of the memory's model, which is large beside its activations
 
 
-def measure_step_cost(repeats: int = 5) -> float:
-    """Print and return the ratio, median over alternating repeats, on random data of MNIST's shape.
+def measure_cost(repeats: int = 5) -> dict[str, float]:
+    """Print and return ratios, medians over alternating repeats, on random data of MNIST's and of digits' shape.
 
-    A run is 80 steps of batch 250 over one split, λ̂ moving from the first step; data set-up is in both sides.
+    ``search``: a search over one split with the defaults, before verification, over one plain training. ``folds …``: five shared
+    folds over one split. ``memory``: what a search adds to the process at its peak, in copies of the model.
     """
     rng = np.random.default_rng(0)
     X, y = rng.random((5_500, 784), dtype=np.float32), rng.integers(0, 10, 5_500)
-    split = [(np.arange(5_000), np.arange(5_000, 5_500))]
-    net = TorchClassifier(
+    mnist = TorchClassifier(
         three_dropouts, lr=1e-3, batch_size=250, max_epochs=_EPOCHS, weight_decay=1e-4, random_state=0
-    )
-    net.set_params(
+    ).set_params(
         module__dropout_0=0.1,
         module__dropout_1=0.2,
         module__dropout_2=0.2,
         label_smoothing=0.1,
         input_noise=0.1,
     )
+    digits = TorchClassifier(MLP(hidden=(64, 64)), max_epochs=2 * _EPOCHS, random_state=0)
+    space = {k: v for k, v in MNIST_SPACE.items() if not k.startswith("module__")}
+    ratios = {
+        "search": _ratio(_searches(mnist, MNIST_SPACE, X, y, 1), lambda: mnist.fit(X[:5_000], y[:5_000]), repeats),
+        "folds, 784-256-256-10": _ratio(
+            _searches(mnist, MNIST_SPACE, X, y, 5), _searches(mnist, MNIST_SPACE, X, y, 1), repeats
+        ),
+        "folds, 64-64-64-10": _ratio(
+            _searches(digits, space, X[:1500, :64], y[:1500], 5),
+            _searches(digits, space, X[:1500, :64], y[:1500], 1),
+            repeats,
+        ),
+    }
+    for name, values in ratios.items():
+        print(f"{name:<24}{np.median(values):.2f} (median of {repeats}, from {values.min():.2f} to {values.max():.2f})")
+    copies = float(
+        subprocess.run([sys.executable, "-m", "benchmarks.cost"], capture_output=True, text=True, check=True).stdout
+    )
+    print(f"{'memory':<24}{copies:.1f} copies of the model ({len(MNIST_SPACE)} hyperparameters, 784-2048-2048-10)")
+    return {name: float(np.median(values)) for name, values in ratios.items()} | {"memory": copies}
+
+
+def _searches(net: Any, space: dict[str, Any], X: np.ndarray, y: np.ndarray, folds: int) -> Callable[[], object]:
+    """A hyper-training over the first of so many folds, or over all of them."""
+    parts = np.array_split(np.arange(len(X)), 11)  # validation rows at the end: every split trains on ten elevenths
+    splits = [(np.setdiff1d(np.arange(len(X)), part), part) for part in parts[:folds]]
     search = HyperTrainingSearchCV(
-        net, MNIST_SPACE, cv=split, evaluate="hypernetwork", refit=False, warmup=0.0, random_state=0
+        net, space, cv=splits, evaluate="hypernetwork", refit=False, random_state=0, n_inits=1, start="estimator"
     )
-    plain, ours = [], []
-    for _ in range(repeats + 1):
-        plain.append(_seconds(lambda: net.fit(X[:5_000], y[:5_000])))
-        ours.append(_seconds(lambda: search.fit(X, y)))
-    ratios = np.array(ours[1:]) / np.array(plain[1:])  # the first round warms up
-    steps = _EPOCHS * 20
-    print(
-        f"one plain step {np.median(plain[1:]) / steps * 1e3:.2f} ms, one joint step {np.median(ours[1:]) / steps * 1e3:.2f} ms; "
-        f"ratio {np.median(ratios):.2f} (median of {repeats}, from {ratios.min():.2f} to {ratios.max():.2f}); n = 6, 784-256-256-10, batch 250"
-    )
-    return float(np.median(ratios))
+    return lambda: search.fit(X, y)
+
+
+def _ratio(ours: Callable[[], object], plain: Callable[[], object], repeats: int) -> np.ndarray:
+    seconds = np.array([[_seconds(plain), _seconds(ours)] for _ in range(repeats + 1)])[1:]  # the first round warms up
+    return seconds[:, 1] / seconds[:, 0]
 
 
 def _seconds(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
+
+
+def _copies_of_the_model() -> float:
+    """What a search adds to this process's peak over what it needs before, in copies of a model of 5.8 million weights."""
+    rng = np.random.default_rng(0)
+    X, y = rng.random((300, 784), dtype=np.float32), rng.integers(0, 10, 300)
+    net = TorchClassifier(three_dropouts, lr=1e-3, batch_size=20, max_epochs=2, random_state=0)
+    _searches(net, MNIST_SPACE, X[:99], y[:99], 1)()  # what the libraries need
+    net.set_params(module__width=_WIDTH)
+    size = 4 * (784 * _WIDTH + _WIDTH * _WIDTH + 12 * _WIDTH + 10)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    _searches(net, MNIST_SPACE, X, y, 1)()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / size
+
+
+if __name__ == "__main__":
+    print(_copies_of_the_model())

@@ -79,15 +79,16 @@ def three_dropouts(
     n_features_in: int,
     n_outputs: int,
     *,
+    width: int = 256,
     dropout_0: float = 0.0,
     dropout_1: float = 0.0,
     dropout_2: float = 0.0,
 ) -> nn.Module:
     """784-256-256-10 with a dropout rate of its own before every linear layer."""
     return nn.Sequential(
-        nn.Dropout(dropout_0), nn.Linear(n_features_in, 256), nn.ReLU(),
-        nn.Dropout(dropout_1), nn.Linear(256, 256), nn.ReLU(),
-        nn.Dropout(dropout_2), nn.Linear(256, n_outputs),
+        nn.Dropout(dropout_0), nn.Linear(n_features_in, width), nn.ReLU(),
+        nn.Dropout(dropout_1), nn.Linear(width, width), nn.ReLU(),
+        nn.Dropout(dropout_2), nn.Linear(width, n_outputs),
     )  # fmt: skip
 
 
