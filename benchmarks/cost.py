@@ -23,7 +23,7 @@ def measure_cost(repeats: int = 5) -> dict[str, float]:
     """Print and return ratios, medians over alternating repeats, on random data of MNIST's and of digits' shape.
 
     ``search``: a search over one split with the defaults, before verification, over one plain training. ``folds …``: five shared
-    folds over one split. ``memory``: what a search adds to the process at its peak, in copies of the model.
+    folds over one split. ``memory …``: what a search, or plain training, adds to the process at its peak, in copies of the model.
     """
     rng = np.random.default_rng(0)
     X, y = rng.random((5_500, 784), dtype=np.float32), rng.integers(0, 10, 5_500)
@@ -51,11 +51,12 @@ def measure_cost(repeats: int = 5) -> dict[str, float]:
     }
     for name, values in ratios.items():
         print(f"{name:<24}{np.median(values):.2f} (median of {repeats}, from {values.min():.2f} to {values.max():.2f})")
-    copies = float(
-        subprocess.run([sys.executable, "-m", "benchmarks.cost"], capture_output=True, text=True, check=True).stdout
-    )
-    print(f"{'memory':<24}{copies:.1f} copies of the model ({len(MNIST_SPACE)} hyperparameters, 784-2048-2048-10)")
-    return {name: float(np.median(values)) for name, values in ratios.items()} | {"memory": copies}
+    for name in ("search", "plain"):
+        command = [sys.executable, "-m", "benchmarks.cost", name]
+        copies = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        print(f"{'memory, ' + name:<24}{copies:.1f} copies of the model (6 hyperparameters, 784-2048-2048-10)")
+        ratios[f"memory, {name}"] = np.array([copies])
+    return {name: float(np.median(values)) for name, values in ratios.items()}
 
 
 def _searches(net: Any, space: dict[str, Any], X: np.ndarray, y: np.ndarray, folds: int) -> Callable[[], object]:
@@ -79,8 +80,8 @@ def _seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _copies_of_the_model() -> float:
-    """What a search adds to this process's peak over what it needs before, in copies of a model of 5.8 million weights."""
+def _copies_of_the_model(what: str) -> float:
+    """What a search (or plain training) adds to this process's peak, in copies of a model of 5.8 million weights."""
     rng = np.random.default_rng(0)
     X, y = rng.random((300, 784), dtype=np.float32), rng.integers(0, 10, 300)
     net = TorchClassifier(three_dropouts, lr=1e-3, batch_size=20, max_epochs=2, random_state=0)
@@ -88,9 +89,12 @@ def _copies_of_the_model() -> float:
     net.set_params(module__width=_WIDTH)
     size = 4 * (784 * _WIDTH + _WIDTH * _WIDTH + 12 * _WIDTH + 10)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    _searches(net, MNIST_SPACE, X, y, 1)()
+    if what == "search":
+        _searches(net, MNIST_SPACE, X, y, 1)()
+    else:
+        net.set_params(weight_decay=1e-4, module__dropout_1=0.2).fit(X, y)
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / size
 
 
 if __name__ == "__main__":
-    print(_copies_of_the_model())
+    print(_copies_of_the_model(sys.argv[1]))

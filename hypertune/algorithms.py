@@ -443,11 +443,8 @@ class TangentOptimizer:
         self.weight_optimizer.step()
         with torch.no_grad():
             centred = features - features.mean(dim=1, keepdim=True) if features.shape[1] > 1 else features
-            step = (
-                G
-                / preconditioner(hypernetwork.w0, self.weight_optimizer)[:, None]
-                * self.weight_optimizer.param_groups[0]["lr"]
-            )
+            step = G / preconditioner(hypernetwork.w0, self.weight_optimizer)[:, None]
+            step *= self.weight_optimizer.param_groups[0]["lr"]
             for number, linear in enumerate(hypernetwork.maps):
                 total, each = linear.power(centred)
                 average = self._powers.get(number, each)

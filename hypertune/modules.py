@@ -102,8 +102,8 @@ _STOCK_DROPOUT: dict[type[nn.Module], bool] = {
 
 
 def with_tensor_dropout(module: nn.Module) -> nn.Module:
-    """A copy of the module in which every stock dropout accepts a tensor as its rate."""
-    module = copy.deepcopy(module)
+    """A copy of the module in which every stock dropout accepts a tensor as its rate. The two share their parameters."""
+    module = copy.deepcopy(module, {id(p): p for p in module.parameters()})
     if type(module) in _STOCK_DROPOUT:
         return TensorDropout(module.p, _STOCK_DROPOUT[type(module)])  # type: ignore[arg-type]
     for parent in list(module.modules()):

@@ -74,7 +74,7 @@ class Objective:
     Parameters
     ----------
     module : nn.Module
-        Copied, never changed. Parameters with ``requires_grad=False`` stay as they are and are not part of w.
+        Never changed. Copied, with the same parameters. Parameters with ``requires_grad=False`` stay as they are and are not part of w.
     loss : callable ``(outputs, targets, smoothing) -> per-row loss``
         See :mod:`hypertune.losses`.
     fixed : mapping from str to value, optional
@@ -127,15 +127,14 @@ class Objective:
         self.has_statistics = bool(list(module.buffers()))
         self._modules = {training: with_tensor_dropout(module).train(training) for training in (True, False)}
         self._layers = {training: plain_layers(copy) for training, copy in self._modules.items()}
-        parameters = {k: p.detach().clone() for k, p in module.named_parameters() if p.requires_grad}
-        self._initial = parameters
+        parameters = {k: p for k, p in module.named_parameters() if p.requires_grad}
         self._shapes = {k: p.shape for k, p in parameters.items()}
         self._sizes = [p.numel() for p in parameters.values()]
         self._constants = {k: p.detach() for k, p in module.named_parameters() if not p.requires_grad}
         self._buffers = [{k: b.detach().clone() for k, b in module.named_buffers()} for _ in range(folds)]
         self.D = sum(self._sizes)
         self._penalised = torch.cat(
-            [torch.full_like(p.reshape(-1), float(p.dim() > 1 or penalise_biases)) for p in parameters.values()]
+            [p.new_full((p.numel(),), float(p.dim() > 1 or penalise_biases)) for p in parameters.values()]
             or [torch.zeros(0)]
         )
         self._free = {k for k, p in parameters.items() if not (p.dim() > 1 or penalise_biases)}
@@ -145,7 +144,7 @@ class Objective:
 
     def initial_weights(self) -> Tensor:
         """The module's own parameters as one vector, shape (D,)."""
-        return torch.cat([p.reshape(-1) for p in self._initial.values()])
+        return flat_weights(self._modules[True])
 
     def named(self, w: Tensor) -> dict[str, Tensor]:
         """Weights (..., D) → views by parameter name, each (..., *shape)."""
@@ -432,6 +431,11 @@ class Objective:
         finally:
             for sub, name, value in reversed(changed):
                 setattr(sub, name, value)
+
+
+def flat_weights(module: nn.Module) -> Tensor:
+    """The trained parameters of a module as one vector, shape (D,)."""
+    return torch.cat([p.detach().reshape(-1) for p in module.parameters() if p.requires_grad])
 
 
 def arguments(x: Tensor, inputs: Mapping[str, Tensor] | None) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:

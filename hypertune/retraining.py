@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hypertune.batches import Minibatches, Rows
 from hypertune.estimator import TorchEstimator, fingerprint
-from hypertune.objective import Objective
+from hypertune.objective import Objective, flat_weights
 from hypertune.randomness import draw_seed, isolated
 from hypertune.response import Fold, full_losses
 from hypertune.space import Space
@@ -151,7 +151,7 @@ def retrain(
         w0 = []
         for fold in folds:
             torch.manual_seed(seed)  # each fit begins with it
-            w0.append(fold.net._make_objective(fold.net._build_module()).initial_weights())
+            w0.append(flat_weights(fold.net._build_module()))
         w = nn.Parameter(torch.stack(w0)[:, None].repeat(1, C, 1))
         values = make_values(space, prefix, objective, net)(lam.to(w), K)
         optimizer, schedule = net._make_optimizer([w], epochs * per_epoch)

@@ -1,9 +1,9 @@
 """The search: scikit-learn's contract around hyper-training. No mathematics.
 
 ``HyperTrainingSearchCV`` is a ``BaseSearchCV`` that overrides where its candidates come from. It splits as
-``GridSearchCV`` does, hyper-trains all folds together, and hands a short list of candidates (the tuned setting, the best
-of a screening and the estimator's own) to scikit-learn's ``evaluate_candidates``, which retrains and scores them. ``cv_results_``, ranks,
-``error_score``, multimetric scoring and ``refit`` are scikit-learn's own code.
+``GridSearchCV`` does, hyper-trains all folds together, and hands a short list of candidates (the tuned setting, the screened one
+that it started from, the middle between them, and the estimator's own) to scikit-learn's ``evaluate_candidates``, which retrains and
+scores them. ``cv_results_``, ranks, ``error_score``, multimetric scoring and ``refit`` are scikit-learn's own code.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class HyperTrainingSearchCV(BaseSearchCV):
 
     One training run of all folds learns the weights *as a function of the hyperparameters*, and the hyperparameters
     descend the validation loss through that function [1]_. For small models a handful of settings, trained in one stacked
-    pass, says where to start. The tuned setting, the best of the handful and the estimator's own are then retrained from
-    scratch and scored on every fold, and the best one is refitted on all the data.
+    pass, says where to start. The tuned setting, that start, the middle between them and the estimator's own setting are then
+    retrained from scratch and scored on every fold, and the best one is refitted on all the data.
 
     Parameters
     ----------

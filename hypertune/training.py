@@ -37,7 +37,7 @@ from hypertune.algorithms import (
 from hypertune.batches import Batch, Minibatches
 from hypertune.estimator import Net
 from hypertune.hypernetworks import Builder, Hypernetwork, Layout
-from hypertune.objective import Objective
+from hypertune.objective import Objective, flat_weights
 from hypertune.randomness import isolated
 from hypertune.response import BestResponse, Fold
 from hypertune.space import Space
@@ -106,7 +106,8 @@ def hyper_train(
         if n_inits is None:
             n_inits = min(_MOST_INITS, _INITS_WEIGHTS // w0.numel()) if objective.stacked and not rows.any() else 1
         models = folds * max(n_inits, 1)
-        w0 = torch.cat([w0, *(net._make_objective(f.net._build_module()).initial_weights()[None] for f in models[K:])])
+        if more := [flat_weights(fold.net._build_module()) for fold in models[K:]]:
+            w0 = torch.cat([w0, torch.stack(more)])
         train_batches = Minibatches([fold.train for fold in models], net.batch_size, seed=seed)
         problem = _problem(space, prefix, objective, models, train_batches, seed, w0)
         center = lam_hat if algorithm == "joint" else lam_hat.clone()
@@ -199,13 +200,13 @@ def stack(space: Space, prefix: str, folds: list[Fold], n_rows: int, seed: int) 
     net = folds[0].net
     with isolated(seed, net.device):
         reaches = find_reaches(net, space, prefix)
-        modules = [fold.net._build_module() for fold in folds]
-        objective = net._make_objective(modules[0], reach=reaches, folds=len(folds))
+        first = folds[0].net._build_module()
+        w0 = torch.stack([flat_weights(first), *(flat_weights(fold.net._build_module()) for fold in folds[1:])])
+        objective = net._make_objective(first, reach=reaches, folds=len(folds))
         x = folds[0].valid.x[:2]
         net._check_outputs(objective, x)
         settings = net.get_params()
         objective.try_stacking(x, {own: settings[own] for own in reaches})
-        w0 = torch.stack([net._make_objective(module).initial_weights() for module in modules])
     return space.resolve(arrangements(net, objective, space, prefix, x, n_rows)), objective, w0
 
 
