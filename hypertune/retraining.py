@@ -114,12 +114,12 @@ def screen(space: Space, prefix: str, folds: list[Fold], objective: Objective, c
         return None
     losses = screened.validation_losses(folds)
     best = int(losses.argmin())
-    if 0 < best < len(line) - 1:
-        before, here, after = losses[best - 1 : best + 2].log().tolist()
-        shift = 0.5 * (before - after) / max(before - 2 * here + after, 1e-12)  # in steps of the line, at most ½
-        towards = settings[best + (1 if shift > 0 else -1)]
-        return torch.lerp(settings[best], towards, abs(shift))
-    return settings[best]
+    around = losses[max(best - 1, 0) : best + 2]
+    if not 0 < best < len(line) - 1 or not (around.isfinite() & (around > 0)).all():
+        return settings[best]
+    before, here, after = around.log().tolist()
+    shift = 0.5 * (before - after) / max(before - 2 * here + after, 1e-12)  # in steps of the line, at most ½
+    return torch.lerp(settings[best], settings[best + (1 if shift > 0 else -1)], min(abs(shift), 0.5))
 
 
 def retrain(

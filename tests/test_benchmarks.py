@@ -128,6 +128,16 @@ def test_the_summary_counts_ranks_wins_and_matches():
     assert "0.1010 ± 0.0006*" in lines["a"]
 
 
+@pytest.mark.slow
+def test_bad_seeds_share_their_data_and_differ_in_their_networks(capsys):
+    from benchmarks.robustness import measure_robustness
+
+    losses = measure_robustness(2, problems=["iris-3"])["iris-3"]
+    assert losses.shape == (2, 2)
+    assert len(set(losses[:, 0])) == 2
+    assert f"worst {losses[:, 0].max():.4f}" in capsys.readouterr().out
+
+
 def test_every_benchmark_explains_itself(capsys):
     main(["list"])
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(NAMES)

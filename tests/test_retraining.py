@@ -134,6 +134,17 @@ def test_the_start_is_between_the_screened_settings_where_a_parabola_through_the
     start = screen(space, "", folds, objective, current)
     assert space.decode(start)["weight_decay"] == pytest.approx(5e-3, rel=1e-4)
 
+    def diverged(self, folds):
+        found = losses(self, folds)
+        return torch.where(found == found.topk(2, largest=False).values[1], torch.inf, found)
+
+    monkeypatch.setattr(
+        Retrained, "validation_losses", diverged
+    )  # the better of its neighbours: then it is the best itself
+    on_the_line = loguniform(1e-6, 1e1).ppf([0.4, 0.5, 0.6, 0.7])
+    found = space.decode(screen(space, "", folds, objective, current))["weight_decay"]
+    assert np.isclose(found, on_the_line, rtol=1e-6).any()
+
 
 def test_lam_hat_is_shared_by_several_initial_weights_and_one_per_fold_remains(iris):
     """With n_inits the path differs, the response keeps K folds, and its losses are those of the trace."""
