@@ -141,9 +141,9 @@ def test_irrelevant_features_get_more_weight_decay_than_relevant_ones():
     relevant = np.abs(np.corrcoef(X.T, y)[-1, :-1]) > 0.25
     net = make_pipeline(StandardScaler(), TorchRegressor(MLP(hidden=()), max_epochs=150, random_state=0))
     space = {"torchregressor__weight_decay": per_feature(loguniform(1e-4, 1e2))}
-    found = search(net, space, hyper_lr=0.15, hyper_eps=1e-3, grain_scale=None).fit(
+    found = search(net, space, hyper_lr=0.15, hyper_eps=1e-3, grain_scale=None, max_epochs=300).fit(
         X, y
-    )  # 300 steps: it has to be quick
+    )  # 300 moves: they have to be large
     decay = np.log(found.best_response_.params["torchregressor__weight_decay"]["1.weight"][0])
     assert decay[relevant].max() < decay[~relevant].mean() - 2
     assert np.diff(found.cv_results_["mean_test_score"]) < -0.05  # than the estimator's own
@@ -200,7 +200,7 @@ def test_values_that_do_not_fit_the_model_are_refused_by_name(iris, params, mess
 @pytest.mark.slow
 def test_the_prior_keeps_the_values_of_a_grain_together(iris):
     spread = {
-        scale: np.log(search(NET, {"weight_decay": per_weight(PRIOR)}, max_epochs=60, grain_scale=scale).fit(*iris)
+        scale: np.log(search(NET, {"weight_decay": per_weight(PRIOR)}, max_epochs=120, grain_scale=scale).fit(*iris)
                       .history_["weight_decay"][-1]).std()
         for scale in (None, 1.0, 0.1)
     }  # fmt: skip
