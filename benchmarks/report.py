@@ -17,12 +17,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from benchmarks.solvers import Found
 from hypertune.space import Space
 
 _SHOWN = 20  # paths of one hyperparameter of a finer grain
-_COLORS = {"hypertune": "C3", "tpe": "C0", "random": "C2", "defaults": "0.5"}
+_COLORS = {"hypertune": "C3", "tpe": "C0", "random": "C2", "defaults": "0.5", "hyperband": "k"}
 
 
 def table(rows: Sequence[Found]) -> str:
@@ -131,6 +132,10 @@ def multiples(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 axis.step(seconds, losses, color=color, lw=0.8, where="post")
         axis.set_title(problem, fontsize=9)
         axis.set(xscale="log", yscale="log")
+        for scale in (axis.xaxis, axis.yaxis):
+            scale.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            scale.set_major_formatter(FormatStrFormatter("%g"))
+            scale.set_minor_formatter(NullFormatter())
     for axis in axes.flat[len(problems) :]:
         axis.set_axis_off()
     handles = [Line2D([], [], color=_COLORS.get(s, f"C{i % 10}"), label=s) for i, s in enumerate(solvers)]
