@@ -125,7 +125,7 @@ def hypertune(problem: Problem, seconds: float) -> Iterator[Trial]:
         refit=problem.refit_rows is None,
         random_state=problem.seed,
     ).fit(problem.X, problem.y)
-    path = {name: values.tolist() for name, values in search.history_.items()}
+    path = {name: np.asarray(values).tolist() for name, values in search.history_.items() if np.ndim(values)}
     for params, score in zip(search.cv_results_["params"], search.cv_results_["mean_test_score"], strict=True):
         yield Trial({name: _plain(value) for name, value in params.items()}, -float(score), path)
 

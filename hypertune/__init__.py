@@ -16,6 +16,7 @@ train, and the hyperparameters descend the validation loss through it.
 ['label_smoothing', 'module__dropout', 'weight_decay']
 """
 
+from hypertune.checks import check_hypergradient
 from hypertune.estimator import TorchClassifier, TorchRegressor
 from hypertune.factory import MLP, model_factory
 from hypertune.response import BestResponse
@@ -30,6 +31,7 @@ __all__ = [
     "HyperTrainingSearchCV",
     "TorchClassifier",
     "TorchRegressor",
+    "check_hypergradient",
     "model_factory",
     "per_feature",
     "per_layer",

@@ -84,6 +84,24 @@ class ResponseOptimizer(Protocol):
         ...
 
 
+class Adjoint(Protocol):
+    """The hypergradient of some coordinates by other means than the hypernetwork; see :mod:`hypertune.hypergradients`."""
+
+    coordinates: Tensor
+
+    def hypergradient(self, problem: Problem, w: Tensor, lam_hat: Tensor, G: Tensor) -> Tensor:
+        """(n,), given the weights w (K, 1, D) at λ̂ and G (K, 1, D), the gradient there of the mean over folds of L_Valid."""
+        ...
+
+
+class Unroll(Protocol):
+    """A few training steps more, and the gradient through them; see :mod:`hypertune.hypergradients`."""
+
+    def __call__(self, problem: Problem, w: Tensor, lam_hat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """L_Valid (K, 1) after the steps, and of its mean over folds the gradients with respect to w (K, 1, D) and λ̂ (n,)."""
+        ...
+
+
 # --- the three algorithms --------------------------------------------------------------------------------------------
 
 
@@ -100,6 +118,7 @@ def joint(
     every: int = 1,
     generator: torch.Generator,
     adjoint: Adjoint | None = None,
+    unroll: Unroll | None = None,
 ) -> Iterator[Step]:
     """Algorithm 3: hypernetwork and λ̂ together, λ ~ N(λ̂, σ²I).
 
@@ -124,6 +143,8 @@ def joint(
         Draws ε.
     adjoint : Adjoint, optional
         Gives the hypergradient of the coordinates that the hypernetwork leaves to it.
+    unroll : Unroll, optional
+        L_Valid is that of the weights which so many training steps make of w_φ(λ̂): the paper's suggestion of a hybrid.
 
     Yields
     ------
@@ -133,14 +154,14 @@ def joint(
     while True:
         number += 1
         if (number - 1) % every:
-            yield Step(number, _descend_w(problem, hypernetwork, phi_optimizer, lam_hat), None)  # λ = λ̂, φ = w₀
+            yield Step(number, descend_w(problem, hypernetwork, phi_optimizer, lam_hat), None)  # λ = λ̂, φ = w₀
             continue
         lam = _inside(_neighbours(lam_hat, sigma, m, generator), problem)  # λ ~ p(λ | λ̂)
         train = _descend_phi(problem, hypernetwork, phi_optimizer, lam, lam_hat)  # φ ← φ − α ∇_φ L_Train(w_φ(λ), λ, x)
         valid = None
         if number > warmup:
-            valid = _descend_lam(
-                problem, hypernetwork, lam_hat, lam_optimizer, adjoint
+            valid = descend_lam(
+                problem, hypernetwork, lam_hat, lam_optimizer, adjoint, unroll
             )  # λ̂ ← λ̂ − β ∇_λ̂ L_Valid(w_φ(λ̂), x)
         yield Step(number, train, valid)
 
@@ -169,7 +190,7 @@ def simplified(
         )  # φ ← φ − α ∇_φ L_Train(w_φ(λ̂), λ̂, x)
         valid = None
         if number > warmup and number % every == 0:
-            valid = _descend_lam(
+            valid = descend_lam(
                 problem, hypernetwork, lam_hat, lam_optimizer, adjoint
             )  # λ̂ ← λ̂ − β ∇_λ̂ L_Valid(w_φ(λ̂), x)
         yield Step(number, train, valid)
@@ -220,7 +241,7 @@ def descend_response(
         number += 1
         if problem.settle is not None:
             settle(problem, hypernetwork, lam_hat, next(problem.train_batches))
-        valid = _descend_lam(problem, hypernetwork, lam_hat, lam_optimizer, adjoint)  # λ̂ ← λ̂ − β ∇_λ̂ L_Valid
+        valid = descend_lam(problem, hypernetwork, lam_hat, lam_optimizer, adjoint)  # λ̂ ← λ̂ − β ∇_λ̂ L_Valid
         yield Step(number, None, valid)
 
 
@@ -270,9 +291,10 @@ def _descend_phi(
     return loss.detach().mean()
 
 
-def _descend_w(
+def descend_w(
     problem: Problem, hypernetwork: Hypernetwork, phi_optimizer: ResponseOptimizer, lam_hat: Tensor
 ) -> Tensor:
+    """A plain training step of w₀ at λ̂; L_Train (), mean over folds."""
     x = next(problem.train_batches)
     settle(problem, hypernetwork, lam_hat, x)
     w = _weights(hypernetwork, hypernetwork.features(lam_hat.detach()[None]))
@@ -282,19 +304,27 @@ def _descend_w(
     return loss.detach().mean()
 
 
-def _descend_lam(
+def descend_lam(
     problem: Problem,
     hypernetwork: Hypernetwork,
     lam_hat: Tensor,
     lam_optimizer: torch.optim.Optimizer,
-    adjoint: Adjoint | None,
+    adjoint: Adjoint | None = None,
+    unroll: Unroll | None = None,
 ) -> Tensor:
+    """Move λ̂ by one hypergradient; L_Valid (), mean over folds."""
     lam = lam_hat.detach().requires_grad_()
     features = hypernetwork.features(lam[None])
     w = _weights(hypernetwork, features)
-    loss = problem.valid_loss(w, next(problem.valid_batches))
-    (G,) = torch.autograd.grad(loss.mean(), w)
+    if unroll is None:
+        loss = problem.valid_loss(w, next(problem.valid_batches))
+        (G,) = torch.autograd.grad(loss.mean(), w)
+        direct = None
+    else:
+        loss, G, direct = unroll(problem, w.detach(), lam_hat.detach())
     (lam_hat.grad,) = torch.autograd.grad(features, lam, hypernetwork.pull_back(features, G))
+    if direct is not None:
+        lam_hat.grad += direct
     if adjoint is not None:
         own = adjoint.hypergradient(problem, w.detach(), lam_hat.detach(), G)
         lam_hat.grad = torch.where(adjoint.coordinates, own, lam_hat.grad)
@@ -302,71 +332,6 @@ def _descend_lam(
     with torch.no_grad():
         lam_hat.copy_(_inside(lam_hat, problem))
     return loss.detach().mean()
-
-
-# --- the adjoint ------------------------------------------------------------------------------------------------------
-
-
-class Adjoint:
-    """The hypergradient of very many coordinates that act through the training loss alone, at the cost of one more copy of w.
-
-    By the implicit function theorem ∇_λ L_Valid = −q ∂²L_Train/∂w∂λ at the optimum, with H q = ∇_w L_Valid. Here q (K, D)
-    follows that equation by the dynamics of the weights themselves, one step for every minibatch,
-
-        q ← q + α P (∇_w L_Valid − H q) − q / horizon,
-
-    with P and α the preconditioner and the step size of the weights' optimizer, α reduced where P H is too sharp for it. The
-    last term damps: far from a strongly convex optimum q would grow along flat directions, in which the weights do not get
-    anywhere in the time that they have. No response is sampled, so that the weight of one training example among thousands is
-    not lost in the noise of the others.
-
-    Parameters
-    ----------
-    coordinates : Tensor of shape (n,)
-        Booleans: whose hypergradient it gives. L_Train must be differentiable in them.
-    hypernetwork : Hypernetwork
-    weight_optimizer : torch.optim.Optimizer
-        Holds ``hypernetwork.w0``.
-    horizon : float, default=10
-        Steps after which a gradient is forgotten; infinite for the exact equation.
-    """
-
-    def __init__(
-        self,
-        coordinates: Tensor,
-        hypernetwork: Hypernetwork,
-        weight_optimizer: torch.optim.Optimizer,
-        *,
-        horizon: float = 10.0,
-    ):
-        self.horizon = horizon
-        self.coordinates = coordinates
-        self.hypernetwork = hypernetwork
-        self.weight_optimizer = weight_optimizer
-        self.q = torch.zeros_like(hypernetwork.w0.data)
-        self._sharpness = self.q.new_zeros(len(self.q), 1)
-
-    def hypergradient(self, problem: Problem, w: Tensor, lam_hat: Tensor, G: Tensor) -> Tensor:
-        """Move q by one minibatch, and give −q ∂²L_Train/∂w∂λ (n,) there.
-
-        ``G`` (K, 1, D) is the gradient of the mean over folds of L_Valid at the weights ``w`` (K, 1, D).
-        """
-        w, lam = w.requires_grad_(), lam_hat[None].requires_grad_()
-        loss = problem.train_loss(w, lam, next(problem.train_batches))
-        (g,) = torch.autograd.grad(loss.sum(), w, create_graph=True)
-        H_q, mixed = torch.autograd.grad((g[:, 0] * self.q).sum(), [w, lam])
-        scale = preconditioner(self.hypernetwork.w0, self.weight_optimizer)
-        H_q = H_q[:, 0]
-        # ‖P H q‖ / ‖q‖ in the norm of P⁻¹: a lower bound of the largest eigenvalue of P H, close to it before q could diverge.
-        sharpness = (
-            (H_q**2 / scale).sum(1, keepdim=True) / (scale * self.q**2).sum(1, keepdim=True).clamp(min=1e-30)
-        ).sqrt()
-        self._sharpness = torch.maximum(sharpness, 0.99 * self._sharpness)
-        group = self.weight_optimizer.param_groups[0]
-        lr = group.get("initial_lr", group["lr"])  # of a schedule, which may have ended
-        step = lr / (1 + lr * self._sharpness)
-        self.q.add_(step * (G[:, 0] - H_q) / scale - self.q / self.horizon)
-        return -mixed[0]
 
 
 # --- the optimizers of φ ----------------------------------------------------------------------------------------------

@@ -270,16 +270,24 @@ class Linear:
 
     A coordinate that acts on some weights only (the weight decay of one unit) moves those weights alone: one copy of the
     weights for a hyperparameter of any number of coordinates.
+
+    Parameters
+    ----------
+    local : bool
+        Whether it does; otherwise every coordinate moves all weights.
     """
+
+    local: bool = True
 
     def build(self, w0: Tensor, center: Tensor, layout: Layout) -> Hypernetwork:
         """See :class:`Builder`."""
         coordinates = torch.arange(len(center))
-        elsewhere = torch.cat([torch.full((0,), -1), *layout.local]).unique()
+        local = layout.local if self.local else ()
+        elsewhere = torch.cat([torch.full((0,), -1), *local]).unique()
         dense = coordinates[~torch.isin(coordinates, elsewhere)]
         if layout.unseen is not None:
             dense = dense[~layout.unseen[dense]]
-        maps: list[Dense | Local] = [Local(w0, index) for index in layout.local]
+        maps: list[Dense | Local] = [Local(w0, index) for index in local]
         if len(dense):
             maps.insert(0, Dense(w0, dense))
         return Hypernetwork(_Identity(len(w0), len(center)), maps, w0, center, layout.unseen)
@@ -320,6 +328,15 @@ class Gated:
         K, n_units = len(w0), int(layout.units.max()) + 1
         basis = _Sequence(_Affine(K, len(center), self.hidden, w0), nn.Tanh(), _Affine(K, self.hidden, n_units, w0))
         return Hypernetwork(basis, [Local(w0, layout.units)], w0, center, layout.unseen)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """w = w₀: no response, for algorithms that need none."""
+
+    def build(self, w0: Tensor, center: Tensor, layout: Layout) -> Hypernetwork:
+        """See :class:`Builder`."""
+        return Hypernetwork(_Identity(len(w0), len(center)), [], w0, center)
 
 
 HYPERNETWORKS: dict[str, Builder] = {

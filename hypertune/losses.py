@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -54,6 +55,17 @@ CLASSIFICATION_LOSSES: dict[str, Loss] = {
     "squared_error": one_hot_squared_error,
 }
 REGRESSION_LOSSES: dict[str, Loss] = {"squared_error": squared_error, "absolute_error": absolute_error}
+
+
+def nats_per_unit(loss: Loss, value: Tensor, outputs: int) -> Tensor:
+    """What one unit of a mean loss near ``value`` is worth in nats for each row, so that slopes mean the same for all losses.
+
+    Squared errors are those of Gaussian noise, absolute ones of Laplace noise, each of its most likely scale (d/2 · log of the
+    mean square, d · log of the mean absolute value; their slopes); any other loss is taken to be in nats.
+    """
+    if loss in (squared_error, one_hot_squared_error):
+        return outputs / (2 * value)
+    return outputs / value if loss is absolute_error else torch.ones_like(value)
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,8 @@ class BestResponse:
         The losses that it was trained on.
     folds : list of Fold
         The K splits: fitted preprocessing and validation rows, without the training rows.
+    hypergradient : Tensor of shape (n,), optional
+        Slope of the validation loss (mean over folds) in λ, averaged over the last part of the path.
 
     Notes
     -----
@@ -89,6 +91,7 @@ class BestResponse:
     hypernetwork: Hypernetwork
     objective: Objective
     folds: list[Fold]
+    hypergradient: Tensor | None = None
 
     def weights(self, params: Mapping[str, Value] | None = None, *, fold: int = 0) -> dict[str, Tensor]:
         """Weights at a setting, by parameter name of the module.
@@ -172,6 +175,19 @@ class BestResponse:
             low, high = h.support
             if h.name in params and not ((v := h.flatten(params[h.name])) >= low).all() & (v <= high).all():
                 raise ValueError(f"{h.name}={params[h.name]!r} is outside its declared range [{low:g}, {high:g}].")
+        if (
+            params
+            and not self.hypernetwork.maps
+            and any(
+                not np.array_equal(h.flatten(params[h.name]), h.flatten(self.params[h.name]))
+                for h in self.space.hyperparameters
+                if h.name in params
+            )
+        ):
+            raise ValueError(
+                "This search learned no response, only the weights at the tuned setting: its algorithm needs none. For other "
+                'settings use algorithm="joint", "global" or "forward".'
+            )
         return {**self.params, **params}
 
     def _lam(self, settings: Sequence[Mapping[str, Value]]) -> Tensor:

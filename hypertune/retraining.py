@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hypertune.batches import Minibatches, Rows
 from hypertune.estimator import TorchEstimator, fingerprint
+from hypertune.hyperprior import vertex
 from hypertune.objective import Objective, flat_weights
 from hypertune.randomness import draw_seed, isolated
 from hypertune.response import Fold, full_losses
@@ -117,9 +118,8 @@ def screen(space: Space, prefix: str, folds: list[Fold], objective: Objective, c
     around = losses[max(best - 1, 0) : best + 2]
     if not 0 < best < len(line) - 1 or not (around.isfinite() & (around > 0)).all():
         return settings[best]
-    before, here, after = around.log().tolist()
-    shift = 0.5 * (before - after) / max(before - 2 * here + after, 1e-12)  # in steps of the line, at most ½
-    return torch.lerp(settings[best], settings[best + (1 if shift > 0 else -1)], min(abs(shift), 0.5))
+    at = vertex(np.arange(len(line)), losses[: len(line)].log().numpy())
+    return torch.lerp(settings[int(at)], settings[math.ceil(at)], at % 1)
 
 
 def retrain(

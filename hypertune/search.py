@@ -12,8 +12,9 @@ import copy
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from numbers import Integral, Real
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self, get_args
 
 import numpy as np
 import torch
@@ -32,13 +33,29 @@ from torch import Tensor
 
 from hypertune.callbacks import epochs
 from hypertune.estimator import Net, TorchEstimator
+from hypertune.hypergradients import Description
 from hypertune.hypernetworks import HYPERNETWORKS, Builder
+from hypertune.hyperprior import choose_scale
+from hypertune.objective import Objective
 from hypertune.randomness import draw_seed
-from hypertune.response import Fold
+from hypertune.recipes import NAMES
+from hypertune.response import BestResponse, Fold
 from hypertune.retraining import retrain, screen
 from hypertune.space import Space
 from hypertune.training import hyper_train, stack
 from hypertune.tunable import check_names, with_rows
+
+
+class Setup(NamedTuple):
+    """What a search trains: all folds in one objective, with initial weights w0 (K, D) and the estimator's own λ (n,)."""
+
+    space: Space
+    prefix: str
+    folds: list[Fold]
+    objective: Objective
+    w0: Tensor
+    current: Tensor
+    seed: int
 
 
 class HyperTrainingSearchCV(BaseSearchCV):
@@ -59,10 +76,14 @@ class HyperTrainingSearchCV(BaseSearchCV):
         ``weight_decay``, ``l1``, ``input_noise``, ``label_smoothing``, and every ``module__…`` keyword that reaches a
         dropout rate. The penalties may have a value for each layer, unit, weight or feature, with
         :func:`per_layer`, :func:`per_unit`, :func:`per_weight`, :func:`per_feature` around the distribution. Of a skorch net ``optimizer__weight_decay``, ``criterion__label_smoothing`` and ``module__…``.
-    algorithm : {"joint", "global", "simplified"}, default="joint"
-        Algorithm 3, 2 or 4 of the paper: hypernetwork and hyperparameters together, hyperparameters sampled around
-        the current ones; first the hypernetwork over the whole space, then the hyperparameters; together, without
-        sampling.
+    algorithm : {"auto", "joint", "global", "simplified", "implicit", "t1t2", "unrolled", "forward", "hybrid"} or instance, \
+            default="auto"
+        "joint", "global" and "simplified" are Algorithms 3, 2 and 4 of the paper: hypernetwork and hyperparameters together,
+        hyperparameters sampled around the current ones; first the hypernetwork over the whole space, then the
+        hyperparameters; together, without sampling. The others are the gradient methods of the field, without a hypernetwork,
+        for hyperparameters in which the training loss is differentiable ("hybrid": "joint" through a few training steps more);
+        an instance, such as ``Implicit(solver="cg")``, is one with other settings: see :mod:`hypertune.hypergradients`.
+        "auto" is "joint", with the implicit gradient for hyperparameters of more than 1,000 values.
     hypernetwork : {"linear", "low_rank", "mlp", "gated"} or instance, default="linear"
         The family of best responses; see :mod:`hypertune.hypernetworks`. An instance is a description with other
         sizes, such as ``LowRank(rank=20)``.
@@ -78,9 +99,10 @@ class HyperTrainingSearchCV(BaseSearchCV):
         Standard deviation σ of the sampled hyperparameters around the current ones, in units of λ (a factor of e
         for log distributions, a quarter of the range for bounded ones). None means 0.5 for "joint", and sampling from
         ``param_distributions`` themselves for "global".
-    grain_scale : float, default=1.0
+    grain_scale : float or "auto", default=1.0
         Standard deviation, in units of λ, of a prior on the values of a finer grain around their mean, so that many of them do
-        not overfit few validation rows. None means no prior. Weights of single rows have none.
+        not overfit few validation rows. "auto" chooses it by four hyper-trainings more, on half of the validation rows,
+        compared on the other half. None means no prior. Weights of single rows have none.
     n_samples : int, default=None
         Hyperparameter settings m sampled per minibatch; an even number is drawn in antithetic pairs. None means 2 for
         "joint" and 8 for "global".
@@ -145,7 +167,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
     best_response_ : BestResponse
         The learned best response: weights, a fitted estimator or a validation curve at any setting, without training.
     history_ : dict of arrays
-        The hyper-training: "step", "seconds", "epoch", "train_loss" and "validation_loss" (means over folds, the
+        The hyper-training: "algorithm" (a string: which one ran, and why), "grain_scale", and by record "step", "seconds", "epoch", "train_loss" and "validation_loss" (means over folds, the
         latter on at most 1,000 validation rows of each), and the path of each hyperparameter under its name.
     n_features_in_ : int
         Number of features seen during fit; only if ``refit``.
@@ -186,13 +208,13 @@ class HyperTrainingSearchCV(BaseSearchCV):
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         **BaseSearchCV._parameter_constraints,
         "param_distributions": [Mapping],
-        "algorithm": [StrOptions({"joint", "global", "simplified"})],
+        "algorithm": [StrOptions(set(NAMES)), *get_args(Description)],
         "hypernetwork": [StrOptions(set(HYPERNETWORKS)), HasMethods("build")],
         "start": [StrOptions({"screened", "estimator"})],
         "evaluate": [StrOptions({"retrain", "hypernetwork"})],
         "max_epochs": [None, Interval(Integral, 1, None, closed="left")],
         "scale": [None, Interval(Real, 0, None, closed="neither")],
-        "grain_scale": [None, Interval(Real, 0, None, closed="neither")],
+        "grain_scale": [None, StrOptions({"auto"}), Interval(Real, 0, None, closed="neither")],
         "n_samples": [None, Interval(Integral, 1, None, closed="left")],
         "n_inits": [None, Interval(Integral, 1, None, closed="left")],
         "hyper_lr": [Interval(Real, 0, None, closed="neither")],
@@ -209,13 +231,13 @@ class HyperTrainingSearchCV(BaseSearchCV):
         estimator: Any,
         param_distributions: Mapping[str, Any],
         *,
-        algorithm: str = "joint",
+        algorithm: str | Description = "auto",
         hypernetwork: str | Builder = "linear",
         start: str = "screened",
         evaluate: str = "retrain",
         max_epochs: int | None = None,
         scale: float | None = None,
-        grain_scale: float | None = 1.0,
+        grain_scale: float | str | None = 1.0,
         n_samples: int | None = None,
         n_inits: int | None = None,
         hyper_lr: float = 0.05,
@@ -353,47 +375,16 @@ class HyperTrainingSearchCV(BaseSearchCV):
 
     def _propose_candidates(self) -> list[dict[str, Any]]:
         """Hyper-train, and return the settings to verify. A subclass may put any other proposal in its place."""
-        space = Space.from_distributions(self.param_distributions)
-        net, prefix = _net(self.estimator), _prefix(self.estimator)
-        space = with_rows(net, space, prefix)
-        self._check_space(space)
-        check_names(net, space, prefix)
-        seed = draw_seed(self.random_state)
-        folds = self._folds()
-        space, objective, w0 = stack(space, prefix, folds, _num_samples(self._inputs[0]), seed)
-        settings = self._settings()
-        current = space.encode({name: settings[name] for name in space.names})  # moved into the declared bounds
+        space, prefix, folds, objective, _, current, _ = setup = self._set_up()
         start = None
         if self._may_retrain_together() and self.start == "screened" and self.algorithm != "global":
             start = screen(space, prefix, folds, objective, current)
-        max_epochs = net.max_epochs if self.max_epochs is None else self.max_epochs
-        with self._hyper_training_task(max_epochs) as end_epoch:
-            response, self.history_ = hyper_train(
-                space,
-                prefix,
-                folds,
-                objective,
-                w0,
-                _out_of_corners(space, current if start is None else start),
-                algorithm=self.algorithm,
-                hypernetwork=HYPERNETWORKS[self.hypernetwork]
-                if isinstance(self.hypernetwork, str)
-                else self.hypernetwork,
-                response_optimizer=self.response_optimizer,
-                max_epochs=max_epochs,
-                scale=self.scale,
-                grain_scale=self.grain_scale,
-                n_samples=self.n_samples,
-                n_inits=self.n_inits,
-                hyper_lr=self.hyper_lr,
-                hyper_lr_schedule=self.hyper_lr_schedule,
-                hyper_eps=self.hyper_eps,
-                warmup=self.warmup,
-                averaging=self.averaging,
-                seed=seed,
-                progress=self.verbose > 0,
-                end_epoch=end_epoch,
-            )
+        tune, grain_scale = self._tuner(setup, current if start is None else start), self.grain_scale
+        if isinstance(grain_scale, str):
+            grain_scale = choose_scale(lambda some, scale: tune(some, grain_scale=scale)[0], folds)
+        with self._hyper_training_task(self._epochs()) as end_epoch:
+            response, history = tune(folds, grain_scale=grain_scale, end_epoch=end_epoch)
+        self.history_ = history | {"grain_scale": grain_scale}
         self.best_response_ = response
         if self.evaluate == "hypernetwork":
             self._known.append(response)
@@ -406,6 +397,47 @@ class HyperTrainingSearchCV(BaseSearchCV):
             if retrained is not None:
                 self._known.append(retrained)
         return [space.decode(lam) for lam in candidates]
+
+    def _set_up(self) -> Setup:
+        """What is to be trained; refuses what cannot be."""
+        space = Space.from_distributions(self.param_distributions)
+        net, prefix = _net(self.estimator), _prefix(self.estimator)
+        space = with_rows(net, space, prefix)
+        self._check_space(space)
+        check_names(net, space, prefix)
+        seed, folds = draw_seed(self.random_state), self._folds()
+        space, objective, w0 = stack(space, prefix, folds, _num_samples(self._inputs[0]), seed)
+        settings = self._settings()
+        current = space.encode({name: settings[name] for name in space.names})  # moved into the declared bounds
+        return Setup(space, prefix, folds, objective, w0, current, seed)
+
+    def _epochs(self) -> int:
+        return int(_net(self.estimator).max_epochs if self.max_epochs is None else self.max_epochs)
+
+    def _tuner(self, setup: Setup, start: Tensor) -> Callable[..., tuple[BestResponse, dict[str, Any]]]:
+        """A hyper-training of some folds, with the search's own parameters."""
+        return partial(
+            hyper_train,
+            setup.space,
+            setup.prefix,
+            objective=setup.objective,
+            w0=setup.w0,
+            start=_out_of_corners(setup.space, start),
+            algorithm=self.algorithm,
+            hypernetwork=HYPERNETWORKS[self.hypernetwork] if isinstance(self.hypernetwork, str) else self.hypernetwork,
+            response_optimizer=self.response_optimizer,
+            max_epochs=self._epochs(),
+            scale=self.scale,
+            n_samples=self.n_samples,
+            n_inits=self.n_inits,
+            hyper_lr=self.hyper_lr,
+            hyper_lr_schedule=self.hyper_lr_schedule,
+            hyper_eps=self.hyper_eps,
+            warmup=self.warmup,
+            averaging=self.averaging,
+            seed=setup.seed,
+            progress=self.verbose > 0,
+        )
 
     def _may_retrain_together(self) -> bool:
         """Unless a callback wants to see every fit, or nothing is to be retrained."""

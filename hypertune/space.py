@@ -319,6 +319,10 @@ class Space:
         """Upper bounds of λ, shape (n,)."""
         return self._each(lambda h: h.high)
 
+    def mask(self, holds: Callable[[Hyperparameter], bool]) -> Tensor:
+        """Booleans of shape (n,): the coordinates of the hyperparameters for which it holds."""
+        return self._each(holds).bool()
+
     def _each(self, number: Callable[[Hyperparameter], float]) -> Tensor:
         numbers = [np.full(h.size, number(h), dtype=np.float64) for h in self.hyperparameters]
         return torch.from_numpy(np.concatenate(numbers))

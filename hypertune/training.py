@@ -11,46 +11,35 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
-from hypertune.algorithms import (
-    Adjoint,
-    PlainOptimizer,
-    Problem,
-    ResponseOptimizer,
-    Step,
-    TangentOptimizer,
-    descend_response,
-    fit_response,
-    joint,
-    settle,
-    simplified,
-)
+from hypertune.algorithms import Problem, Step, settle
 from hypertune.batches import Batch, Minibatches
 from hypertune.estimator import Net
-from hypertune.hypernetworks import Builder, Hypernetwork, Layout
+from hypertune.hypergradients import Description
+from hypertune.hypernetworks import Builder, Layout
+from hypertune.losses import nats_per_unit
 from hypertune.objective import Objective, flat_weights
 from hypertune.randomness import isolated
+from hypertune.recipes import choose, phi_optimizer, stream
 from hypertune.response import BestResponse, Fold
 from hypertune.space import Space
 from hypertune.tunable import arrangements, find_reaches
 
 _VALID_BATCH = 256
-_EVERY = 2  # steps per sample of λ and move of λ̂; the others are plain
 _MOST_INITS = 3
 _INITS_WEIGHTS = 75_000  # of all folds and initial weights together; beyond it another copy costs what it would alone
 _RECORDS = 50
 _RECORDED_ROWS = 1_000  # of each fold's validation rows
-_SCREENED = 512  # settings that "global" ranks before its descent
-_GLOBAL_FIT = 0.75  # share of the steps of "global" that fit the response; the rest descends it
+_RECORDED_VALUES = 200_000  # of one hyperparameter; of more, a draw of 1,000
 _SETTLING = 50  # minibatches after which BatchNorm has forgotten what it was before
 _SIMPLIFIED_OFFSET = 2.0  # units of λ between λ̂'s start and the centre in "simplified"
 
@@ -63,7 +52,7 @@ def hyper_train(
     w0: Tensor,
     start: Tensor,
     *,
-    algorithm: str,
+    algorithm: str | Description,
     hypernetwork: Builder,
     response_optimizer: str,
     max_epochs: int,
@@ -78,9 +67,9 @@ def hyper_train(
     averaging: float,
     seed: int,
     progress: bool,
-    end_epoch: Callable[..., bool],
-) -> tuple[BestResponse, dict[str, np.ndarray]]:
-    """Run one of the three algorithms; the parameters are those of ``HyperTrainingSearchCV``.
+    end_epoch: Callable[[], bool] = lambda: False,
+) -> tuple[BestResponse, dict[str, Any]]:
+    """Run one of the algorithms; the parameters are those of ``HyperTrainingSearchCV``.
 
     ``space``, ``objective`` and ``w0`` are what :func:`stack` returns, and λ̂ starts at ``start`` (n,).
     ``end_epoch`` is called after every pass through the training rows, and ends the run by answering True.
@@ -100,29 +89,31 @@ def hyper_train(
     """
     begin = time.perf_counter()
     net, K = folds[0].net, len(folds)
-    rows = _of_rows(space).to(w0.device)
+    recipe = choose(algorithm, space, _differentiable(space, prefix))
     with isolated(seed, net.device):
         lam_hat = start.to(w0)
         if n_inits is None:
-            n_inits = min(_MOST_INITS, _INITS_WEIGHTS // w0.numel()) if objective.stacked and not rows.any() else 1
+            several = objective.stacked and not recipe.implicit.any()
+            n_inits = min(_MOST_INITS, _INITS_WEIGHTS // w0.numel()) if several else 1
         models = folds * max(n_inits, 1)
         if more := [flat_weights(fold.net._build_module()) for fold in models[K:]]:
             w0 = torch.cat([w0, torch.stack(more)])
         train_batches = Minibatches([fold.train for fold in models], net.batch_size, seed=seed)
         problem = _problem(space, prefix, objective, models, train_batches, seed, w0)
-        center = lam_hat if algorithm == "joint" else lam_hat.clone()
-        if algorithm == "simplified":  # with V = 0 at a distance from λ̂, larger λ begins by meaning: closer to w₀
+        center = lam_hat.clone() if recipe.name in ("global", "simplified") else lam_hat
+        if recipe.name == "simplified":  # with V = 0 at a distance from λ̂, larger λ begins by meaning: closer to w₀
             center = torch.minimum(center + _SIMPLIFIED_OFFSET, problem.high)
-        phi = hypernetwork.build(w0, center, _layout(space, prefix, net, objective, folds[0].train.x))
+        phi = recipe.builder(hypernetwork).build(w0, center, _layout(space, prefix, net, objective, folds[0].train.x))
         response = BestResponse(space, prefix, {}, phi, objective, folds)
 
         per_epoch = train_batches.steps_per_epoch
         steps = max_epochs * per_epoch
-        phi_steps = math.ceil(_GLOBAL_FIT * steps) if algorithm == "global" else steps
-        first = phi_steps if algorithm == "global" else int(warmup * steps)
-        phi_optimizer, phi_schedules = _phi_optimizer(net, phi, response_optimizer, phi_steps)
-        adjoint = Adjoint(rows, phi, phi_optimizer.weight_optimizer) if rows.any() else None
-        every = _EVERY if algorithm == "joint" and response_optimizer == "tangent" and adjoint is None else 1
+        phi_steps = recipe.phi_steps(steps)
+        first = phi_steps if phi_steps < steps else int(warmup * steps)
+        optimizer, phi_schedules = phi_optimizer(net, phi, response_optimizer, phi_steps)
+        if recipe.newton:  # the weights are not moved by their optimizer
+            phi_schedules = []
+        every = recipe.every(response_optimizer)
         # λ̂ moves once in `every` steps, and as far as if it did in all of them.
         lam_optimizer = torch.optim.Adam([lam_hat], lr=every * hyper_lr, betas=(0.9, 0.99), eps=hyper_eps)
         # Each of many values has a small slope of its own; what matters is the slope of moving all of them together.
@@ -138,7 +129,11 @@ def hyper_train(
             ]
         )
 
+        unit = torch.ones_like(lam_hat[0])  # nats in a unit of the validation loss
+
         def prepare_slopes(*_: Any) -> None:
+            trace.slope = lam_hat.grad.clone()  # type: ignore[union-attr]
+            lam_hat.grad.mul_(unit)  # type: ignore[union-attr]
             for block, strength in grouped:  # a Gaussian prior around the mean, against one validation loss per row
                 own = lam_hat.detach()[block]
                 lam_hat.grad[block] += strength * (own - own.mean())  # type: ignore[index]
@@ -147,8 +142,8 @@ def hyper_train(
         lam_optimizer.register_step_pre_hook(prepare_slopes)
         decay = every / max(steps - first, 1) if hyper_lr_schedule == "linear" else 0.0
         lam_schedule = LambdaLR(lam_optimizer, lambda t: max(0.0, 1 - decay * t))
-        run = _run(
-            algorithm, problem, phi, lam_hat, phi_optimizer, lam_optimizer, adjoint, space,
+        run = stream(
+            recipe, problem, phi, lam_hat, optimizer, lam_optimizer, space,
             scale=scale, m=n_samples, warmup=first, every=every, phi_steps=phi_steps, seed=seed,
         )  # fmt: skip
 
@@ -160,6 +155,7 @@ def hyper_train(
                     schedule.step()
                 if step.valid_loss is not None:
                     lam_schedule.step()
+                    unit = nats_per_unit(objective.loss, step.valid_loss, getattr(net, "n_outputs_", 1))
                 trace.see(number, step)
                 stop = number % per_epoch == 0 and end_epoch()
                 if number % recorded == 0 or number == steps or stop:
@@ -173,10 +169,11 @@ def hyper_train(
             settle(problem, phi, average, next(train_batches))
     phi.keep(K)  # the other initial weights have done their part
     response.params = space.decode(average)
+    response.hypergradient = trace.average_slope().cpu()
     phi.center = phi.center.detach().clone()
     phi.requires_grad_(False)
     response.folds = [fold.without_training_rows() for fold in folds]
-    return response, trace.arrays()
+    return response, {"algorithm": f"{recipe.name}: {recipe.reason}", **trace.arrays()}
 
 
 def stack(space: Space, prefix: str, folds: list[Fold], n_rows: int, seed: int) -> tuple[Space, Objective, Tensor]:
@@ -225,13 +222,13 @@ def _layout(space: Space, prefix: str, net: Net, objective: Objective, x: Tensor
                 continue  # no layer with a column for each feature: a column of V for each instead
             index = objective.index({name: shape for name, shape in arrangement.items() if shape != ()})
         local.append(torch.where(index >= 0, index + space.blocks[h.name].start, -1))
-    rows = _of_rows(space)
+    rows = space.mask(lambda h: h.grain == "row")
     return Layout(objective.units(), local, rows if rows.any() else None)
 
 
-def _of_rows(space: Space) -> Tensor:
-    """Which coordinates of λ belong to single training rows, (n,) booleans."""
-    return torch.cat([torch.full((h.size,), h.grain == "row") for h in space.hyperparameters])
+def _differentiable(space: Space, prefix: str) -> Tensor:
+    """Which coordinates of λ the training loss is differentiable in, (n,) booleans: not numbers inside the module."""
+    return space.mask(lambda h: not h.name.removeprefix(prefix).startswith(("module__", "augment__")))
 
 
 def _problem(
@@ -302,77 +299,6 @@ def make_values(
     return values_of
 
 
-def _phi_optimizer(net: Net, phi: Hypernetwork, kind: str, steps: int) -> tuple[ResponseOptimizer, list[LRScheduler]]:
-    """Line 4 by the estimator's own optimizer and learning rate, and the schedules to step with it."""
-    if kind == "plain":
-        optimizer, schedule = net._make_optimizer(list(phi.parameters()), steps)
-        return PlainOptimizer(phi, optimizer), [schedule]
-    weights, schedule = net._make_optimizer([phi.w0], steps)
-    if not (basis := list(phi.basis.parameters())):
-        return TangentOptimizer(phi, weights), [schedule]
-    basis_optimizer, basis_schedule = net._make_optimizer(basis, steps)
-    return TangentOptimizer(phi, weights, basis_optimizer), [schedule, basis_schedule]
-
-
-def _run(
-    algorithm: str,
-    problem: Problem,
-    phi: Hypernetwork,
-    lam_hat: Tensor,
-    phi_optimizer: ResponseOptimizer,
-    lam_optimizer: torch.optim.Optimizer,
-    adjoint: Adjoint | None,
-    space: Space,
-    *,
-    scale: float | None,
-    m: int | None,
-    warmup: int,
-    every: int,
-    phi_steps: int,
-    seed: int,
-) -> Iterator[Step]:
-    generator = torch.Generator().manual_seed(seed)
-    if algorithm == "joint":
-        sigma: Any = 0.5 if scale is None else scale
-        if adjoint is not None:
-            sigma = torch.where(adjoint.coordinates, 0.0, sigma)
-        yield from joint(
-            problem, phi, lam_hat, phi_optimizer, lam_optimizer,
-            sigma=sigma, m=m or 2, warmup=warmup, every=every, generator=generator, adjoint=adjoint,
-        )  # fmt: skip
-    elif algorithm == "simplified":
-        yield from simplified(problem, phi, lam_hat, phi_optimizer, lam_optimizer, warmup=warmup, adjoint=adjoint)
-    else:
-        sample = _prior(space, lam_hat, scale, seed, None if adjoint is None else adjoint.coordinates)
-        for step in fit_response(problem, phi, phi_optimizer, sample, lam_hat, m=m or 8):
-            yield step
-            if step.number == phi_steps:
-                break
-        with torch.no_grad():  # start the descent where the learned response promises most
-            screened = sample(_SCREENED)
-            batch = next(problem.valid_batches)
-            predicted = torch.cat([problem.valid_loss(phi(lam[None]), batch).mean(dim=0) for lam in screened])
-            lam_hat.copy_(screened[predicted.argmin()])
-        yield from descend_response(problem, phi, lam_hat, lam_optimizer, adjoint=adjoint)
-
-
-def _prior(
-    space: Space, lam_hat: Tensor, scale: float | None, seed: int, fixed: Tensor | None
-) -> Callable[[int], Tensor]:
-    """p(λ) of Algorithm 2: the declared distributions, or N(start, scale² I) as in the paper; ``fixed`` coordinates stay."""
-    rng = np.random.default_rng(seed)
-    start = lam_hat.detach().clone()
-
-    def sample(m: int) -> Tensor:
-        if scale is None:
-            lam = space.sample(m, rng).to(start)
-        else:
-            lam = start + scale * torch.from_numpy(rng.standard_normal((m, space.n))).to(start)
-        return lam if fixed is None else torch.where(fixed, start, lam)
-
-    return sample
-
-
 class _Trace:
     """Collects ``history_``, one row per record, and the average of λ̂ over the last part of its path."""
 
@@ -383,15 +309,22 @@ class _Trace:
         self.rows: list[dict[str, Any]] = []
         self._losses: list[Tensor] = []
         self._sum, self._count = torch.zeros_like(lam_hat), 0
+        self.slope = torch.zeros_like(lam_hat)  # the last hypergradient
+        self._slopes, self._moves = torch.zeros_like(lam_hat), 0
 
     def see(self, number: int, step: Step) -> None:
         if step.train_loss is not None:
             self._losses.append(step.train_loss)
         if number > self.averaged_from:
             self._sum, self._count = self._sum + self.lam_hat.detach(), self._count + 1
+            if step.valid_loss is not None:
+                self._slopes, self._moves = self._slopes + self.slope, self._moves + 1
 
     def average(self) -> Tensor:
         return self._sum / self._count if self._count else self.lam_hat.detach()
+
+    def average_slope(self) -> Tensor:
+        return self._slopes / self._moves if self._moves else self.slope
 
     def record(self, number: int) -> None:
         train_loss = float(torch.stack(self._losses).mean()) if self._losses else self.rows[-1]["train_loss"]
@@ -410,9 +343,15 @@ class _Trace:
                 "epoch": number / self.per_epoch,
                 "train_loss": train_loss,
                 "validation_loss": valid_loss,
-                **{name: value.numpy() for name, value in self.response.space.values(lam).items()},
+                **{name: _some(value.numpy()) for name, value in self.response.space.values(lam).items()},
             }
         )
 
     def arrays(self) -> dict[str, np.ndarray]:
         return {key: np.array([row[key] for row in self.rows]) for key in self.rows[0]}
+
+
+def _some(values: np.ndarray) -> np.ndarray:
+    if values.size <= _RECORDED_VALUES:
+        return values
+    return values[np.random.default_rng(0).choice(values.size, 1_000, replace=False)]

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from hypertune.algorithms import (
-    Adjoint,
     PlainOptimizer,
     TangentOptimizer,
     descend_response,
@@ -91,21 +90,6 @@ def test_the_tangent_step_is_the_tangent_equation(ridge: Ridge):
         optimizer = TangentOptimizer(hypernetwork, torch.optim.SGD([hypernetwork.w0], lr=1.0))
         optimizer.step(hypernetwork.features(lam), G)
         assert_close(hypernetwork.maps[0].V[0, 0].detach() - V, expected.double(), rtol=1e-6, atol=1e-7)
-
-
-def test_the_adjoint_converges_to_the_exact_hypergradient(ridge: Ridge):
-    """One λ for each weight, two folds: q by its own dynamics against the implicit function theorem."""
-    lam_hat = torch.linspace(-2.0, 1.0, ridge.D, dtype=torch.float64)
-    best, tangent = ridge.best_response(lam_hat), ridge.tangent(lam_hat)
-    hypernetwork = Linear().build(best[None], lam_hat, Layout(torch.arange(ridge.D)))
-    everything = torch.ones(ridge.D, dtype=torch.bool)
-    weights = torch.optim.SGD([hypernetwork.w0], lr=0.3)
-    adjoint = Adjoint(everything, hypernetwork, weights, horizon=float("inf"))
-    w = best[None, None].clone().requires_grad_()
-    (G,) = torch.autograd.grad(ridge.valid_loss(w).sum(), w)
-    for _ in range(3000):
-        own = adjoint.hypergradient(ridge.problem(ridge.D), w.detach(), lam_hat, G)
-    assert_close(own, tangent.T @ G[0, 0], rtol=1e-6, atol=1e-8)
 
 
 def test_shared_noise_between_the_signs_cancels_in_the_tangent(ridge: Ridge):

@@ -18,13 +18,19 @@ ROOMS = {  # room -> the rooms it may import from
     "losses": {"modules"},
     "objective": {"batches", "losses", "modules", "randomness"},
     "algorithms": {"hypernetworks"},
+    "hypergradients": {"algorithms", "hypernetworks"},
     "estimator": {"batches", "callbacks", "factory", "losses", "modules", "objective", "randomness"},
     "skorch": {"batches", "estimator", "losses", "modules", "objective", "randomness"},
     "response": {"algorithms", "batches", "estimator", "hypernetworks", "objective", "randomness", "space"},
     "tunable": {"estimator", "modules", "objective", "randomness", "space"},
+    "hyperprior": {"response"},
+    "recipes": {"algorithms", "estimator", "hypergradients", "hypernetworks", "space"},
     "training": {
         *(
             "algorithms",
+            "hypergradients",
+            "losses",
+            "recipes",
             "batches",
             "estimator",
             "hypernetworks",
@@ -35,19 +41,24 @@ ROOMS = {  # room -> the rooms it may import from
             "tunable",
         ),
     },
-    "retraining": {"batches", "estimator", "objective", "randomness", "response", "space", "training"},
+    "retraining": {"batches", "estimator", "hyperprior", "objective", "randomness", "response", "space", "training"},
     "search": {
         "callbacks",
         "retraining",
         "skorch",
         "estimator",
+        "hypergradients",
         "hypernetworks",
+        "hyperprior",
+        "objective",
         "randomness",
+        "recipes",
         "response",
         "space",
         "training",
         "tunable",
     },
+    "checks": {"batches", "hypergradients", "response", "retraining", "search", "training"},
 }
 PACKAGE = Path(hypertune.__file__).parent
 
@@ -69,7 +80,7 @@ def test_imports_go_only_leftwards():
 
 
 def test_the_mathematics_knows_no_scikit_learn():
-    for room in ("space", "modules", "losses", "batches", "hypernetworks", "objective", "algorithms"):
+    for room in ("space", "modules", "losses", "batches", "hypernetworks", "objective", "algorithms", "hypergradients"):
         assert not [name for name in _imports(PACKAGE / f"{room}.py") if name.startswith(("sklearn", "joblib"))], room
 
 

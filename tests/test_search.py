@@ -399,7 +399,9 @@ def test_preprocessing_is_fitted_inside_each_fold_and_no_outer_row_leaks(iris):
 @pytest.mark.parametrize("algorithm", ["joint", "global", "simplified"])
 def test_every_algorithm_with_every_hypernetwork(iris, algorithm, hypernetwork):
     found = search(algorithm=algorithm, hypernetwork=hypernetwork, evaluate="hypernetwork").fit(*iris)
-    history = found.history_
+    history = dict(found.history_)
+    assert history.pop("algorithm").startswith("joint: ")
+    assert history.pop("grain_scale") == 1.0
     assert set(history) == {"step", "seconds", "epoch", "train_loss", "validation_loss", *SPACE}
     assert all(np.isfinite(values).all() and len(values) == len(history["step"]) for values in history.values())
     assert history["validation_loss"][-1] < history["validation_loss"][0]

@@ -1,0 +1,267 @@
+"""From the names of the API to a stream of steps: which algorithm, which optimizers, in which proportions.
+
+recipe = choose("auto", space, differentiable)
+run = stream(recipe, problem, hypernetwork, lam_hat, ...)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
+
+from hypertune.algorithms import (
+    PlainOptimizer,
+    Problem,
+    ResponseOptimizer,
+    Step,
+    TangentOptimizer,
+    descend_response,
+    descend_w,
+    fit_response,
+    joint,
+    simplified,
+)
+from hypertune.estimator import Net
+from hypertune.hypergradients import (
+    DESCRIPTIONS,
+    T1T2,
+    Description,
+    Forward,
+    Hybrid,
+    Implicit,
+    ImplicitAdjoint,
+    Tangent,
+    Unrolled,
+    Unroller,
+    alternate,
+)
+from hypertune.hypernetworks import Builder, Constant, Hypernetwork, Linear
+from hypertune.space import Space
+
+PAPER = ("joint", "global", "simplified")
+NAMES = ("auto", *PAPER, *DESCRIPTIONS)
+_MANY = 1_000  # values of one hyperparameter, from which on the implicit gradient is better and cheaper than sampling
+_FEW = 100  # hyperparameters, up to which forward mode carries a copy of the weights for each
+_EVERY = 2  # steps per sample of λ and move of λ̂ in "joint"; the others are plain
+_OF_ROWS = Implicit(horizon=10.0, every=1)  # weights of training examples: what they do to w is forgotten soon
+_SCREENED = 512  # settings that "global" ranks before its descent
+_GLOBAL_FIT = 0.75  # share of the steps of "global" that fit the response; the rest descends it
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An algorithm and what it leaves to the implicit gradient.
+
+    Parameters
+    ----------
+    algorithm : str or Description
+        "joint", "global" or "simplified"; or one of :mod:`hypertune.hypergradients`.
+    implicit : Tensor of shape (n,)
+        Booleans: coordinates whose hypergradient does not come through the hypernetwork.
+    differentiable : Tensor of shape (n,)
+        Booleans: the coordinates in which the training loss is differentiable.
+    by : Implicit or T1T2
+        What gives the hypergradient of the implicit ones.
+    reason : str
+        Why this one, in words.
+    """
+
+    algorithm: str | Description
+    implicit: Tensor
+    differentiable: Tensor
+    by: Implicit | T1T2
+    reason: str
+
+    @property
+    def name(self) -> str:
+        """As a search names it."""
+        return self.algorithm if isinstance(self.algorithm, str) else type(self.algorithm).__name__.lower()
+
+    @property
+    def newton(self) -> bool:
+        """Whether the weights are trained by Newton steps."""
+        return isinstance(self.algorithm, Implicit) and self.algorithm.inner == "newton"
+
+    def every(self, response_optimizer: str) -> int:
+        """Training steps for one of λ̂."""
+        if not isinstance(self.algorithm, str):
+            return self.algorithm.every
+        return _EVERY if self.name == "joint" and response_optimizer == "tangent" and not self.implicit.any() else 1
+
+    def phi_steps(self, steps: int) -> int:
+        """How many of the steps train φ."""
+        return math.ceil(_GLOBAL_FIT * steps) if self.name == "global" else steps
+
+    def builder(self, hypernetwork: Builder) -> Builder:
+        """What it learns of the response: the given family, the tangent, or nothing."""
+        if isinstance(self.algorithm, Implicit | T1T2 | Unrolled):
+            return Constant()
+        return Linear(local=False) if isinstance(self.algorithm, Forward) else hypernetwork
+
+
+def choose(algorithm: str | Description, space: Space, differentiable: Tensor) -> Recipe:
+    """The recipe for ``algorithm=``.
+
+    Parameters
+    ----------
+    algorithm : str or Description
+    space : Space
+        With all grains resolved.
+    differentiable : Tensor of shape (n,)
+        Booleans: the coordinates in which the training loss is differentiable.
+
+    Raises
+    ------
+    ValueError
+        If the algorithm cannot tune one of the hyperparameters.
+    """
+    rows = space.mask(lambda h: h.grain == "row")
+    many = space.mask(lambda h: h.size > _MANY) & differentiable
+    by = _OF_ROWS if rows.any() else Implicit()
+    if algorithm == "auto":
+        implicit, many_values = many | rows, f"more than {_MANY:,} values of one hyperparameter"
+        if not implicit.any():
+            return Recipe("joint", implicit, differentiable, by, f"not {many_values}")
+        if implicit.all() and not rows.any():
+            return Recipe(by, implicit, differentiable, by, many_values)
+        reason = f"joint, and the implicit gradient for {int(implicit.sum()):,} of {space.n:,} values"
+        return Recipe("joint", implicit, differentiable, by, reason)
+    if algorithm in PAPER:
+        return Recipe(algorithm, rows, differentiable, by, "asked for")
+    chosen = DESCRIPTIONS[algorithm] if isinstance(algorithm, str) else algorithm
+    if isinstance(chosen, Hybrid):
+        return Recipe(chosen, rows, differentiable, by, "asked for")
+    _check(chosen, algorithm, space, differentiable)
+    everything = torch.ones(space.n, dtype=torch.bool)
+    if isinstance(chosen, Implicit | T1T2):
+        return Recipe(chosen, everything, differentiable, chosen, "asked for")
+    return Recipe(chosen, ~everything, differentiable, by, "asked for")
+
+
+def _check(chosen: Description, asked: Any, space: Space, differentiable: Tensor) -> None:
+    """Refuse what an algorithm that differentiates the training loss by λ cannot tune."""
+    blocks = zip(space.hyperparameters, space.blocks.values(), strict=True)
+    if names := [h.name for h, block in blocks if not differentiable[block].all()]:
+        raise ValueError(
+            f"algorithm={asked!r} differentiates the training loss by every hyperparameter, and there is no such derivative for "
+            f'{names}: numbers inside the module (a dropout rate) and augmentations. Use "joint", "global", "simplified" or "hybrid".'
+        )
+    if isinstance(chosen, Forward) and space.n > _FEW:
+        raise ValueError(
+            f"algorithm={asked!r} keeps a copy of the weights for each hyperparameter, and takes a second derivative for "
+            f'each at every step: at most {_FEW}, got {space.n:,}. Use "auto" or "implicit".'
+        )
+
+
+def phi_optimizer(net: Net, phi: Hypernetwork, kind: str, steps: int) -> tuple[ResponseOptimizer, list[LRScheduler]]:
+    """Line 4 by the estimator's own optimizer and learning rate, and the schedules to step with it."""
+    if kind == "plain":
+        optimizer, schedule = net._make_optimizer(list(phi.parameters()), steps)
+        return PlainOptimizer(phi, optimizer), [schedule]
+    weights, schedule = net._make_optimizer([phi.w0], steps)
+    if not (basis := list(phi.basis.parameters())):
+        return TangentOptimizer(phi, weights), [schedule]
+    basis_optimizer, basis_schedule = net._make_optimizer(basis, steps)
+    return TangentOptimizer(phi, weights, basis_optimizer), [schedule, basis_schedule]
+
+
+def stream(
+    recipe: Recipe,
+    problem: Problem,
+    phi: Hypernetwork,
+    lam_hat: Tensor,
+    optimizer: ResponseOptimizer,
+    lam_optimizer: torch.optim.Optimizer,
+    space: Space,
+    *,
+    scale: float | None,
+    m: int | None,
+    warmup: int,
+    every: int,
+    phi_steps: int,
+    seed: int,
+) -> Iterator[Step]:
+    """The steps of a recipe; endless, but for "global"'s first loop, which has ``phi_steps``."""
+    weights = optimizer.weight_optimizer
+    implicit = recipe.implicit.to(lam_hat.device)
+    adjoint = ImplicitAdjoint(recipe.by, implicit, phi, weights) if implicit.any() else None
+    common: dict[str, Any] = {"warmup": warmup, "every": every, "adjoint": adjoint}
+    plain = partial(descend_w, problem, phi, optimizer, lam_hat)
+    match recipe.algorithm:
+        case "joint" | Hybrid():
+            generator, unroll = torch.Generator().manual_seed(seed), None
+            sigma = torch.where(implicit, 0.0, 0.5 if scale is None else scale)
+            if isinstance(recipe.algorithm, Hybrid):
+                unroll = Unroller(
+                    recipe.differentiable.to(lam_hat.device) & ~implicit, phi, weights, recipe.algorithm.steps
+                )
+            yield from joint(
+                problem, phi, lam_hat, optimizer, lam_optimizer,
+                sigma=sigma, m=m or 2, generator=generator, unroll=unroll, **common,
+            )  # fmt: skip
+        case "simplified":
+            yield from simplified(problem, phi, lam_hat, optimizer, lam_optimizer, **common)
+        case "global":
+            sample = _prior(space, lam_hat, scale, seed, implicit if implicit.any() else None)
+            yield from _globally(problem, phi, lam_hat, optimizer, lam_optimizer, sample, adjoint, m or 8, phi_steps)
+        case Implicit(inner="newton") if adjoint is not None:
+            yield from alternate(
+                problem, phi, lam_hat, partial(adjoint.newton, problem, lam_hat), lam_optimizer, **common
+            )
+        case Implicit() | T1T2():
+            yield from alternate(problem, phi, lam_hat, plain, lam_optimizer, **common)
+        case Unrolled(steps):
+            unroll = Unroller(~implicit, phi, weights, steps)
+            yield from alternate(problem, phi, lam_hat, plain, lam_optimizer, unroll=unroll, **common)
+        case Forward():
+            carry = partial(Tangent(phi, optimizer).step, problem, lam_hat)
+            yield from alternate(problem, phi, lam_hat, carry, lam_optimizer, **common)
+
+
+def _globally(
+    problem: Problem,
+    phi: Hypernetwork,
+    lam_hat: Tensor,
+    optimizer: ResponseOptimizer,
+    lam_optimizer: torch.optim.Optimizer,
+    sample: Callable[[int], Tensor],
+    adjoint: ImplicitAdjoint | None,
+    m: int,
+    phi_steps: int,
+) -> Iterator[Step]:
+    """Algorithm 2: its two loops, and between them the start where the learned response promises most."""
+    for step in fit_response(problem, phi, optimizer, sample, lam_hat, m=m):
+        yield step
+        if step.number == phi_steps:
+            break
+    with torch.no_grad():
+        screened = sample(_SCREENED)
+        batch = next(problem.valid_batches)
+        predicted = torch.cat([problem.valid_loss(phi(lam[None]), batch).mean(dim=0) for lam in screened])
+        lam_hat.copy_(screened[predicted.argmin()])
+    yield from descend_response(problem, phi, lam_hat, lam_optimizer, adjoint=adjoint)
+
+
+def _prior(
+    space: Space, lam_hat: Tensor, scale: float | None, seed: int, fixed: Tensor | None
+) -> Callable[[int], Tensor]:
+    """p(λ) of Algorithm 2: the declared distributions, or N(start, scale² I) as in the paper; ``fixed`` coordinates stay."""
+    rng = np.random.default_rng(seed)
+    start = lam_hat.detach().clone()
+
+    def sample(m: int) -> Tensor:
+        if scale is None:
+            lam = space.sample(m, rng).to(start)
+        else:
+            lam = start + scale * torch.from_numpy(rng.standard_normal((m, space.n))).to(start)
+        return lam if fixed is None else torch.where(fixed, start, lam)
+
+    return sample

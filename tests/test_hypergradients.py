@@ -1,0 +1,325 @@
+"""The gradient methods without a hypernetwork: exact on ridge regression, right in a search, and refused where they cannot be."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose
+from scipy.stats import loguniform, uniform
+from sklearn.datasets import load_breast_cancer
+from sklearn.preprocessing import scale
+from torch.testing import assert_close
+
+from hypertune import (
+    MLP,
+    HyperTrainingSearchCV,
+    TorchClassifier,
+    check_hypergradient,
+    per_feature,
+    per_layer,
+    per_weight,
+)
+from hypertune.algorithms import PlainOptimizer, TangentOptimizer, joint
+from hypertune.hypergradients import (
+    T1T2,
+    Implicit,
+    ImplicitAdjoint,
+    Tangent,
+    Unrolled,
+    Unroller,
+    alternate,
+    conjugate_gradients,
+    nystrom,
+)
+from hypertune.hypernetworks import Constant, Layout, Linear
+from tests.ridge import Ridge
+
+INF = float("inf")
+DECAY = loguniform(1e-6, 1e1)
+
+
+class Exact:
+    """Ridge regression at its optimum, one λ for each weight: everything that a hypergradient is made of."""
+
+    def __init__(self) -> None:
+        self.ridge = Ridge.make()
+        self.lam = torch.linspace(-2.0, 1.0, self.ridge.D, dtype=torch.float64)
+        self.best, self.tangent = self.ridge.best_response(self.lam), self.ridge.tangent(self.lam)
+        self.w = self.best[None, None].clone().requires_grad_()
+        (self.G,) = torch.autograd.grad(self.ridge.valid_loss(self.w).sum(), self.w)
+        self.problem = self.ridge.problem(self.ridge.D)
+        self.everything = torch.ones(self.ridge.D, dtype=torch.bool)
+        self.hypernetwork = Linear().build(self.best[None], self.lam, Layout(torch.arange(self.ridge.D)))
+
+    @property
+    def hypergradient(self) -> torch.Tensor:
+        return self.tangent.T @ self.G[0, 0]
+
+
+@pytest.fixture
+def exact() -> Exact:
+    return Exact()
+
+
+@pytest.mark.parametrize(
+    ("description", "tolerance"),
+    [
+        (Implicit(solver="cg", iterations=20, horizon=INF), 1e-9),
+        (Implicit(solver="neumann", iterations=600, horizon=INF), 1e-6),
+        (Implicit(solver="nystrom", iterations=8, horizon=1e8), 1e-6),
+    ],
+)
+def test_implicit_is_the_implicit_function_theorem(exact: Exact, description: Implicit, tolerance: float):
+    torch.manual_seed(0)
+    weights = torch.optim.SGD([exact.hypernetwork.w0], lr=0.3)
+    adjoint = ImplicitAdjoint(description, exact.everything, exact.hypernetwork, weights)
+    own = adjoint.hypergradient(exact.problem, exact.w.detach(), exact.lam, exact.G)
+    assert_close(own, exact.hypergradient, rtol=tolerance, atol=tolerance)
+
+
+def test_one_iteration_at_a_time_converges_as_it_is_continued(exact: Exact):
+    weights = torch.optim.SGD([exact.hypernetwork.w0], lr=0.3)
+    adjoint = ImplicitAdjoint(Implicit(horizon=INF), exact.everything, exact.hypernetwork, weights)
+    for _ in range(3000):
+        own = adjoint.hypergradient(exact.problem, exact.w.detach(), exact.lam, exact.G)
+    assert_close(own, exact.hypergradient, rtol=1e-6, atol=1e-8)
+
+
+def test_a_horizon_damps_by_the_preconditioner_over_step_size_and_horizon(exact: Exact):
+    weights = torch.optim.SGD([exact.hypernetwork.w0], lr=0.3)
+    adjoint = ImplicitAdjoint(
+        Implicit(solver="cg", iterations=20, horizon=10.0), exact.everything, exact.hypernetwork, weights
+    )
+    own = adjoint.hypergradient(exact.problem, exact.w.detach(), exact.lam, exact.G)
+    H = exact.ridge.X.T @ exact.ridge.X / len(exact.ridge.X) + torch.diag(exact.lam.exp()) + torch.eye(8) / (0.3 * 10)
+    assert_close(own, -torch.linalg.solve(H, exact.G[0, 0]) * exact.lam.exp() * exact.best)
+
+
+def test_t1t2_takes_the_identity_for_the_hessian(exact: Exact):
+    adjoint = ImplicitAdjoint(
+        T1T2(), exact.everything, exact.hypernetwork, torch.optim.SGD([exact.hypernetwork.w0], lr=0.3)
+    )
+    own = adjoint.hypergradient(exact.problem, exact.w.detach(), exact.lam, exact.G)
+    assert_close(own, -exact.G[0, 0] * exact.lam.exp() * exact.best)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_unrolled_steps_are_differentiated_exactly(exact: Exact, momentum: float):
+    """Five SGD steps from a point that is no optimum, against central differences of the loss after these steps."""
+    start = torch.zeros(1, 1, 8, dtype=torch.float64)
+    hypernetwork = Constant().build(start[0], exact.lam, Layout(torch.arange(8)))
+    weights = torch.optim.SGD([hypernetwork.w0], lr=0.1, momentum=momentum)
+    loss, of_w, of_lam = Unroller(exact.everything, hypernetwork, weights, 5)(exact.problem, start, exact.lam)
+
+    def after(w: torch.Tensor, lam: torch.Tensor) -> float:
+        w, u = w.clone().requires_grad_(), torch.zeros_like(w)
+        for _ in range(5):
+            (g,) = torch.autograd.grad(exact.ridge.train_loss(w, lam).sum(), w)
+            u = momentum * u + g
+            w = (w - 0.1 * u).detach().requires_grad_()
+        return float(exact.ridge.valid_loss(w).detach().sum())
+
+    assert float(loss) == pytest.approx(after(start, exact.lam))
+    h = 1e-5 * torch.eye(8, dtype=torch.float64)
+    by_lam = [(after(start, exact.lam + d) - after(start, exact.lam - d)) / 2e-5 for d in h]
+    by_w = [(after(start + d, exact.lam) - after(start - d, exact.lam)) / 2e-5 for d in h]
+    assert_allclose(of_lam, by_lam, rtol=1e-6, atol=1e-9)
+    assert_allclose(of_w[0, 0], by_w, rtol=1e-6, atol=1e-9)
+
+
+def test_unrolling_long_enough_is_the_exact_hypergradient(exact: Exact):
+    weights = torch.optim.SGD([exact.hypernetwork.w0], lr=0.3)
+    _, _, own = Unroller(exact.everything, exact.hypernetwork, weights, 400)(exact.problem, exact.w.detach(), exact.lam)
+    assert_close(own, exact.hypergradient, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_forward_mode_carries_the_tangent_of_the_training_itself(exact: Exact, momentum: float):
+    hypernetwork = Linear().build(torch.zeros(1, 8, dtype=torch.float64), exact.lam, Layout(torch.arange(8)))
+    weights = torch.optim.SGD([hypernetwork.w0], lr=0.1, momentum=momentum)
+    carried = Tangent(hypernetwork, TangentOptimizer(hypernetwork, weights))
+
+    def trained(lam: torch.Tensor, steps: int) -> torch.Tensor:
+        w = torch.zeros(8, dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.SGD([w], lr=0.1, momentum=momentum)
+        for _ in range(steps):
+            (w.grad,) = torch.autograd.grad(exact.ridge.train_loss(w, lam), w)
+            optimizer.step()
+        return w.detach()
+
+    for _ in range(5):
+        carried.step(exact.problem, exact.lam)
+    h = 1e-5 * torch.eye(8, dtype=torch.float64)
+    differences = torch.stack([(trained(exact.lam + d, 5) - trained(exact.lam - d, 5)) / 2e-5 for d in h])
+    assert_close(hypernetwork.maps[0].V.data[0], differences, rtol=1e-6, atol=1e-9)
+    for _ in range(1500):
+        carried.step(exact.problem, exact.lam)
+    assert_close(hypernetwork.maps[0].V.data[0].T, exact.tangent, rtol=1e-6, atol=1e-8)
+
+
+def test_hybrid_corrects_a_response_that_knows_nothing_yet(exact: Exact):
+    """V = 0: through the hypernetwork alone the hypergradient is zero; through many steps more it is exact."""
+    lam = exact.lam.clone()
+    weights = torch.optim.SGD([exact.hypernetwork.w0], lr=0.0, momentum=0.0)
+    weights.param_groups[0]["initial_lr"] = 0.3
+    unroll = Unroller(exact.everything, exact.hypernetwork, weights, 400)
+    run = joint(
+        exact.problem, exact.hypernetwork, lam, PlainOptimizer(exact.hypernetwork, weights),
+        torch.optim.SGD([lam], lr=0.0), sigma=0.0, generator=torch.Generator(), unroll=unroll,
+    )  # fmt: skip
+    next(run)
+    assert_close(lam.grad, exact.hypergradient, rtol=1e-6, atol=1e-8)
+
+
+def test_newton_steps_find_the_weights(exact: Exact):
+    hypernetwork = Constant().build(torch.zeros(1, 8, dtype=torch.float64), exact.lam, Layout(torch.arange(8)))
+    own = Implicit(solver="cg", iterations=20, horizon=INF, inner="newton")
+    adjoint = ImplicitAdjoint(own, exact.everything, hypernetwork, torch.optim.SGD([hypernetwork.w0], lr=1.0))
+    lam = exact.lam.clone()
+    optimizer = torch.optim.SGD([lam], lr=0.0)
+    run = alternate(
+        exact.problem, hypernetwork, lam, lambda: adjoint.newton(exact.problem, lam), optimizer, adjoint=adjoint
+    )
+    next(run)
+    assert_close(hypernetwork.w0.detach()[0], exact.best, rtol=1e-8, atol=1e-9)
+    assert_close(lam.grad, exact.hypergradient, rtol=1e-8, atol=1e-9)
+
+
+def test_the_linear_solvers_serve_several_folds_at_once():
+    generator = torch.Generator().manual_seed(0)
+    roots = torch.randn(2, 6, 6, generator=generator, dtype=torch.float64)
+    A = roots @ roots.transpose(1, 2) + 0.1 * torch.eye(6)
+    b = torch.randn(2, 6, generator=generator, dtype=torch.float64)
+
+    def times(v: torch.Tensor) -> torch.Tensor:
+        return (A @ v[..., None])[..., 0]
+
+    solution = torch.linalg.solve(A, b)
+    P = A.diagonal(dim1=1, dim2=2)
+    assert_close(conjugate_gradients(times, b, torch.zeros_like(b), P, 30), solution)
+    damping = torch.rand(2, 6, generator=generator, dtype=torch.float64) + 0.1
+    assert_close(nystrom(times, b, damping, 6), torch.linalg.solve(A + torch.diag_embed(damping), b))
+    loose = conjugate_gradients(times, b, torch.zeros_like(b), P, 30, tolerance=0.5)
+    assert 1e-3 < float((times(loose) - b).norm() / b.norm()) <= 0.5
+    indefinite = conjugate_gradients(lambda v: -v, b, torch.zeros_like(b), P, 30)
+    assert_close(indefinite, torch.zeros_like(b))
+
+
+# --- in a search ------------------------------------------------------------------------------------------------------------
+
+
+def search(algorithm, space=None, **kwargs) -> HyperTrainingSearchCV:
+    net = TorchClassifier(MLP(hidden=(8,)), max_epochs=kwargs.pop("epochs", 8), weight_decay=1e-3, random_state=0)
+    own = {"algorithm": algorithm, "start": "estimator", "cv": 2, "random_state": 0, **kwargs}
+    return HyperTrainingSearchCV(net, space or {"weight_decay": per_layer(DECAY), "input_noise": uniform(0, 1)}, **own)
+
+
+@pytest.fixture(scope="module")
+def table() -> tuple[np.ndarray, np.ndarray]:
+    X, y = load_breast_cancer(return_X_y=True)
+    return scale(X), y
+
+
+ALGORITHMS = [
+    "implicit", "t1t2", "unrolled", "forward", "hybrid", Unrolled(steps=3), Implicit(solver="cg", iterations=3),
+    Implicit(solver="nystrom", iterations=3), Implicit(solver="cg", iterations=5, inner="newton", horizon=1e4),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=str)
+def test_every_algorithm_searches(table, algorithm):
+    X, y = table
+    found = search(algorithm).fit(X[:200], y[:200])
+    history = found.history_
+    assert history["algorithm"].endswith(": asked for")
+    assert np.isfinite(history["validation_loss"]).all()
+    if algorithm != "unrolled":  # 20 steps for each move of λ̂: this run is too short
+        assert (history["weight_decay"][-1] != history["weight_decay"][0]).any()
+    assert found.best_estimator_.score(X, y) > 0.8
+
+
+def test_what_a_method_cannot_do_is_refused(table):
+    dropout = {"weight_decay": DECAY, "module__dropout": uniform(0, 0.8)}
+    for algorithm in ("implicit", "t1t2", "unrolled", "forward"):
+        with pytest.raises(ValueError, match=r"no such derivative for \['module__dropout'\].*\"hybrid\""):
+            search(algorithm, dropout).fit(*table)
+    with pytest.raises(ValueError, match=r"at most 100, got 256"):
+        search("forward", {"weight_decay": per_weight(DECAY)}).fit(*table)
+    assert search("hybrid", dropout, epochs=2).fit(*table).best_params_["module__dropout"] >= 0
+
+
+def test_a_search_without_a_response_says_so(table):
+    response = search("implicit", {"weight_decay": DECAY}, epochs=2).fit(*table).best_response_
+    assert response.validation_loss() == response.validation_loss({"weight_decay": response.params["weight_decay"]})
+    with pytest.raises(ValueError, match="learned no response"):
+        response.validation_loss({"weight_decay": 1.0})
+
+
+def test_auto_says_what_it_chose_and_why(table):
+    X, y = table
+    net = TorchClassifier(MLP(hidden=(64,)), max_epochs=2, random_state=0)
+    many = {"weight_decay": per_weight(DECAY)}
+
+    def chosen(space) -> str:
+        return (
+            HyperTrainingSearchCV(net, space, cv=2, random_state=0, evaluate="hypernetwork", refit=False)
+            .fit(X, y)
+            .history_["algorithm"]
+        )
+
+    assert chosen({"weight_decay": DECAY}).startswith("joint: not more than 1,000 values")
+    assert chosen(many).startswith("implicit: more than 1,000 values")
+    assert (
+        chosen(many | {"module__dropout": uniform(0, 0.8)})
+        == "joint: joint, and the implicit gradient for 2,048 of 2,049 values"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("algorithm", "cosine", "ratio"),
+    [
+        ("joint", 0.8, 0.5),
+        ("forward", 0.99, 0.05),
+        (Implicit(horizon=INF), 0.99, 0.1),
+        (Implicit(solver="cg", iterations=20, horizon=INF), 0.99, 0.15),
+        (Unrolled(steps=300), 0.9, 0.2),
+        ("t1t2", 0.8, 1.0),
+    ],
+    ids=str,
+)
+def test_the_hypergradient_of_a_search_is_right(table, algorithm, cosine: float, ratio: float):
+    """One weight decay per feature of a logistic regression, two folds, minibatches."""
+    X, y = table
+    net = TorchClassifier(MLP(hidden=()), weight_decay=0.03, batch_size=100, lr=0.02, max_epochs=300, random_state=0)
+    own = HyperTrainingSearchCV(
+        net, {"weight_decay": per_feature(loguniform(1e-4, 1e1))}, algorithm=algorithm, cv=2, random_state=0
+    )
+    check = check_hypergradient(own, X, y)
+    assert check.cosine > cosine
+    assert abs(check.ratio - 1) < ratio
+    assert str(check).startswith(f"cosine {check.cosine:.4f}")
+
+
+@pytest.mark.slow
+def test_a_hypergradient_is_compared_with_retrained_models(table):
+    X, y = table
+    net = TorchClassifier(MLP(hidden=(8,)), weight_decay=0.03, lr=0.02, max_epochs=150, random_state=0)
+    own = HyperTrainingSearchCV(
+        net, {"weight_decay": per_layer(DECAY), "module__dropout": uniform(0, 0.8)}, cv=2, random_state=0
+    )
+    check = check_hypergradient(own, X, y, reference="retrain", step=0.5)
+    assert check.reference.shape == (3,)
+    assert check.cosine > 0.8
+
+
+def test_a_check_leaves_the_search_alone_and_refuses_what_is_not_convex(table):
+    X, y = table
+    own = search("joint", {"weight_decay": DECAY}, epochs=1)
+    with pytest.raises(ValueError, match=r"choose \"exact\" or \"retrain\""):
+        check_hypergradient(own, X, y, reference="guess")
+    with pytest.raises(ValueError, match="No optimum of the training loss was found"):
+        check_hypergradient(own, X, y)
+    assert own.evaluate == "retrain"
+    assert not hasattr(own, "history_")
