@@ -9,9 +9,13 @@ from pathlib import Path
 from benchmarks.arena import fight
 from benchmarks.comparison import compare
 from benchmarks.cost import measure_cost
+from benchmarks.figures import FIGURES, runner
+from benchmarks.hypergradients import measure_hypergradients
+from benchmarks.peers import measure_peers
 from benchmarks.problems import ARENA, digits, mnist_conv, mnist_mlp
 from benchmarks.relevance import measure_relevance
 from benchmarks.robustness import measure_robustness
+from benchmarks.scaling import measure_scaling
 from benchmarks.solvers import SOLVERS
 
 NAMES = {
@@ -21,8 +25,14 @@ NAMES = {
     "mnist-conv": "a small ConvNet with BatchNorm on 5,000 MNIST images, 8 hyperparameters, 4 of them per layer (5 minutes a seed)",
     "per-feature": "one weight decay per feature against one for all, nested cross-validation on two tables (3 minutes a seed)",
     "bad-seeds": "our worst seed against random search's median seed, same data, three tables (10 seconds a seed; --jobs)",
+    "hypergradients": "every algorithm's hypergradient against the exact one, on four problems (minutes)",
+    "peers": "a 20-hyperparameter problem, seconds to a validation loss: ours and other libraries that are installed (minutes)",
+    "scaling": "seconds of a search step and memory against 1 to 1,000,000 hyperparameters (minutes)",
     "cost": "a search over one plain training, five shared folds over one, memory in copies of the model (2 minutes)",
+    **{name: figure.TITLE for name, figure in FIGURES.items()},
+    "report": "draw the paper's figures and their tables in docs/benchmarks.md again, from the committed results",
 }
+_HERE = Path(__file__).parent
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -32,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=1, help="number of seeds (default 1)")
     parser.add_argument("--mnist", metavar="DIR", default=None, help="folder of MNIST's IDX files")
     parser.add_argument(
-        "--out", metavar="DIR", type=Path, default=Path(__file__).parent / "out", help="where results go"
+        "--out", metavar="DIR", type=Path, default=_HERE / "out", help="where results go"
     )
     parser.add_argument("--problems", nargs="+", choices=list(ARENA), default=list(ARENA), metavar="PROBLEM")
     parser.add_argument("--solvers", nargs="+", choices=list(SOLVERS), default=list(SOLVERS), metavar="SOLVER")
@@ -43,10 +53,15 @@ def main(argv: list[str] | None = None) -> None:
         "--jobs", type=int, default=1, help="cells of the arena, or bad seeds, run at the same time (default 1)"
     )
     parser.add_argument("--first-seed", type=int, default=0, help="of the arena (default 0)")
+    parser.add_argument("--budget", choices=["smoke", "full"], default="smoke", help="of the paper's figures")
     arguments = parser.parse_args(argv)
     if arguments.name == "list":
         for name, line in NAMES.items():
-            print(f"{name:<12}{line}")
+            print(f"{name:<16}{line}")
+    elif arguments.name in FIGURES:
+        runner.run(arguments.name, arguments.budget, arguments.seeds, arguments.mnist, arguments.out, arguments.jobs)
+    elif arguments.name == "report":
+        print(f"Drawn: {', '.join(runner.redraw(_HERE / 'results', _HERE.parent / 'docs'))}")
     elif arguments.name == "arena":
         fight(
             arguments.problems,
@@ -68,6 +83,12 @@ def main(argv: list[str] | None = None) -> None:
         measure_relevance(arguments.seeds)
     elif arguments.name == "bad-seeds":
         measure_robustness(arguments.seeds, arguments.jobs)
+    elif arguments.name == "hypergradients":
+        measure_hypergradients(arguments.out, arguments.mnist)
+    elif arguments.name == "peers":
+        measure_peers(arguments.out)
+    elif arguments.name == "scaling":
+        measure_scaling(arguments.out)
     else:
         measure_cost()
 

@@ -199,6 +199,17 @@ def _step_size(optimizer: torch.optim.Optimizer) -> float:
 # --- implicit ------------------------------------------------------------------------------------------------------------------
 
 
+class T1T2Adjoint:
+    """−∇_w L_Valid ∂²L_Train/∂w∂λ for some ``coordinates`` (n,), on one training minibatch."""
+
+    def __init__(self, coordinates: Tensor):
+        self.coordinates = coordinates
+
+    def hypergradient(self, problem: Problem, w: Tensor, lam_hat: Tensor, G: Tensor) -> Tensor:
+        """See :class:`hypertune.algorithms.Adjoint`."""
+        return -_Linearisation(problem, w, lam_hat).backward(G[:, 0])[1]
+
+
 class ImplicitAdjoint:
     """The hypergradient of coordinates that act through the training loss alone, at the cost of one more copy of w.
 
@@ -213,7 +224,7 @@ class ImplicitAdjoint:
 
     Parameters
     ----------
-    description : Implicit or T1T2
+    description : Implicit
     coordinates : Tensor of shape (n,)
         Booleans: whose hypergradient it gives. L_Train must be differentiable in them.
     hypernetwork : Hypernetwork
@@ -223,7 +234,7 @@ class ImplicitAdjoint:
 
     def __init__(
         self,
-        description: Implicit | T1T2,
+        description: Implicit,
         coordinates: Tensor,
         hypernetwork: Hypernetwork,
         weight_optimizer: torch.optim.Optimizer,
@@ -242,40 +253,36 @@ class ImplicitAdjoint:
 
         ``G`` (K, 1, D) is the gradient of the mean over folds of L_Valid at the weights ``w`` (K, 1, D).
         """
-        at, b = _Linearisation(problem, w, lam_hat), G[:, 0]
-        if isinstance(self.description, T1T2):
-            return -at.backward(b)[1]
+        at = _Linearisation(problem, w, lam_hat)
         self._calls += 1
-        P = self._preconditioner(at)
-        self.q = self._solve(at, b, P)
+        self.q = self._solve(at, G[:, 0], self._preconditioner(at))
         return -at.mixed(self.q)
 
     def newton(self, problem: Problem, lam_hat: Tensor) -> Tensor:
         """w₀ ← w₀ − H⁻¹ ∇_w L_Train by the same conjugate gradients; L_Train (), mean over folds, before it."""
-        w0, own = self.hypernetwork.w0, self.description
+        w0 = self.hypernetwork.w0
         at = _Linearisation(problem, w0[:, None], lam_hat)
-        g = at.g.detach()[:, 0]
-        step = conjugate_gradients(
-            at.hessian, g, torch.zeros_like(g), self._preconditioner(at), own.iterations, self._tolerance()  # type: ignore[union-attr]
-        )  # fmt: skip
-        w0.data.sub_(step)
+        g, P = at.g.detach()[:, 0], self._preconditioner(at)
+        w0.data.sub_(
+            conjugate_gradients(at.hessian, g, torch.zeros_like(g), P, self.description.iterations, self._tolerance())
+        )
         return at.loss
 
     def _tolerance(self) -> float:
-        return self.description.tolerance * 0.9**self._calls  # type: ignore[union-attr]
+        return self.description.tolerance * 0.9**self._calls
 
     def _preconditioner(self, at: _Linearisation) -> Tensor:
         """The weights' own; where they have none, a running estimate of the size of H's rows (as AdaHessian's)."""
         if self.weight_optimizer.state.get(self.hypernetwork.w0):
             return preconditioner(self.hypernetwork.w0, self.weight_optimizer)
-        if self.description.inner == "optimizer":  # type: ignore[union-attr]
+        if self.description.inner == "optimizer":
             return torch.ones_like(self.q)
         rows = at.row_sizes().square()
         self._diagonal = rows if self._diagonal is None else torch.lerp(self._diagonal, rows, 0.1)
         return self._diagonal.sqrt() + 1e-12
 
     def _solve(self, at: _Linearisation, b: Tensor, P: Tensor) -> Tensor:
-        own: Implicit = self.description  # type: ignore[assignment]
+        own = self.description
         damping = P / (_step_size(self.weight_optimizer) * own.horizon)
         if own.solver == "nystrom":
             return nystrom(at.hessian, b, damping, own.iterations)
@@ -405,6 +412,11 @@ class Unroller:
     weight_optimizer : torch.optim.Optimizer
         Holds ``hypernetwork.w0``.
     steps : int
+
+    Attributes
+    ----------
+    end : Tensor of shape (K, 1, D)
+        The weights after the steps of the last call.
     """
 
     def __init__(
@@ -424,7 +436,8 @@ class Unroller:
             trajectory.append(at)
             u = step.beta * u + step.gamma * at.g.detach()
             w = w - step.s[:, None] * u
-        w = w.requires_grad_()
+        self.end = w
+        w = w.detach().requires_grad_()
         loss = problem.valid_loss(w, next(problem.valid_batches))
         (G,) = torch.autograd.grad(loss.mean(), w)
         # The same backwards: what L_Valid owes to w and to u after each step, from the last to the first.

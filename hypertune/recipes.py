@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from hypertune.algorithms import (
+    Adjoint,
     PlainOptimizer,
     Problem,
     ResponseOptimizer,
@@ -38,6 +39,7 @@ from hypertune.hypergradients import (
     Hybrid,
     Implicit,
     ImplicitAdjoint,
+    T1T2Adjoint,
     Tangent,
     Unrolled,
     Unroller,
@@ -192,7 +194,10 @@ def stream(
     """The steps of a recipe; endless, but for "global"'s first loop, which has ``phi_steps``."""
     weights = optimizer.weight_optimizer
     implicit = recipe.implicit.to(lam_hat.device)
-    adjoint = ImplicitAdjoint(recipe.by, implicit, phi, weights) if implicit.any() else None
+    adjoint: Any = None
+    if implicit.any():
+        by = recipe.by
+        adjoint = T1T2Adjoint(implicit) if isinstance(by, T1T2) else ImplicitAdjoint(by, implicit, phi, weights)
     common: dict[str, Any] = {"warmup": warmup, "every": every, "adjoint": adjoint}
     plain = partial(descend_w, problem, phi, optimizer, lam_hat)
     match recipe.algorithm:
@@ -212,7 +217,7 @@ def stream(
         case "global":
             sample = _prior(space, lam_hat, scale, seed, implicit if implicit.any() else None)
             yield from _globally(problem, phi, lam_hat, optimizer, lam_optimizer, sample, adjoint, m or 8, phi_steps)
-        case Implicit(inner="newton") if adjoint is not None:
+        case Implicit(inner="newton"):
             yield from alternate(
                 problem, phi, lam_hat, partial(adjoint.newton, problem, lam_hat), lam_optimizer, **common
             )
@@ -233,7 +238,7 @@ def _globally(
     optimizer: ResponseOptimizer,
     lam_optimizer: torch.optim.Optimizer,
     sample: Callable[[int], Tensor],
-    adjoint: ImplicitAdjoint | None,
+    adjoint: Adjoint | None,
     m: int,
     phi_steps: int,
 ) -> Iterator[Step]:

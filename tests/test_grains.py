@@ -126,13 +126,14 @@ def test_a_space_of_arrays_survives_the_round_trip():
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_hyperparameters_fit_in_memory():
+@pytest.mark.parametrize(("algorithm", "copies"), [("joint", 2), ("auto", 1)])
+def test_a_hundred_thousand_hyperparameters_fit_in_memory(algorithm: str, copies: int):
     X, y = make_classification(200, 784, n_informative=20, random_state=0)
     net = TorchClassifier(MLP(hidden=(128,)), max_epochs=2, random_state=0)  # 784·128 + 128·2 = 100,608 weights
-    found = search(net, {"weight_decay": per_weight(PRIOR)}).fit(X, y)
+    found = search(net, {"weight_decay": per_weight(PRIOR)}, algorithm=algorithm).fit(X, y)
     assert found.history_["weight_decay"].shape[1] == 100_608
     phi = found.best_response_.hypernetwork
-    assert sum(p.numel() for p in phi.parameters()) == 3 * 2 * phi.w0.shape[1]
+    assert sum(p.numel() for p in phi.parameters()) == 3 * copies * phi.w0.shape[1]
 
 
 @pytest.mark.slow

@@ -1,0 +1,84 @@
+"""The prior's scale is chosen on validation rows that λ̂ was not tuned on."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import loguniform
+from sklearn.datasets import make_regression
+from sklearn.model_selection import PredefinedSplit
+
+from hypertune import MLP, HyperTrainingSearchCV, TorchRegressor, per_feature
+from hypertune.batches import Rows
+from hypertune.hyperprior import SCALES, choose_scale, vertex
+from hypertune.losses import absolute_error, cross_entropy, nats_per_unit, squared_error
+from hypertune.response import Fold
+
+
+def test_the_vertex_of_a_parabola_is_found_between_its_points():
+    x = np.array([0.0, 1.0, 2.0, 3.0])
+    assert vertex(x, (x - 1.3) ** 2) == pytest.approx(1.3)
+    assert vertex(x, x) == 0.0
+    assert vertex(x, -x) == 3.0
+
+
+def test_every_scale_is_tuned_on_one_half_and_judged_on_the_other():
+    X = torch.arange(10.0)[:, None]
+    fold = Fold(None, None, Rows(X, X[:, 0]), Rows(X, X[:, 0]))
+    seen: list[tuple[float, list[float]]] = []
+
+    class Response:
+        """A model whose prediction is a constant, so that its loss on a half says which rows it was judged on."""
+
+        def __init__(self, scale: float):
+            self.objective, self.scale = self, scale
+
+        def _lam(self, settings):
+            return torch.zeros(1, 1)
+
+        def _weights(self, lam):
+            return torch.zeros(1, 1, 1)
+
+        def valid_loss(self, w, batch, *, fold):
+            seen.append((self.scale, sorted(batch.x.flatten().tolist())))
+            return torch.tensor([(math.log(self.scale) - math.log(1.5)) ** 2])
+
+    tuned: list[tuple[float, list[float]]] = []
+
+    def tune(folds, scale):
+        tuned.append((scale, sorted(folds[0].valid.x.flatten().tolist())))
+        return Response(scale)
+
+    assert choose_scale(tune, [fold]) == pytest.approx(1.5)
+    assert [scale for scale, _ in tuned] == list(SCALES)
+    for (_, one), (_, other) in zip(tuned, seen, strict=True):
+        assert sorted(one + other) == list(range(10))
+        assert len(one) == 5
+
+
+def test_a_unit_of_a_loss_in_nats_is_the_slope_of_its_log_likelihood():
+    value = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    for loss, nll in ((squared_error, lambda v: 4 / 2 * v.log()), (absolute_error, lambda v: 4 * v.log())):
+        (slope,) = torch.autograd.grad(nll(value), value)
+        assert float(nats_per_unit(loss, value.detach(), 4)) == pytest.approx(float(slope))
+    assert float(nats_per_unit(cross_entropy, value.detach(), 4)) == 1.0
+
+
+@pytest.mark.slow
+def test_auto_keeps_the_values_together_where_features_do_not_differ():
+    """Every feature matters equally, and validation rows are few: a narrow prior; with useless features a wider one."""
+
+    def chosen(informative: int) -> float:
+        X, y = make_regression(160, 12, n_informative=informative, noise=60.0, random_state=0)
+        net = TorchRegressor(MLP(hidden=()), lr=0.02, max_epochs=80, weight_decay=0.1, random_state=0)
+        split = PredefinedSplit(np.r_[np.full(80, -1), np.zeros(80, dtype=int)])
+        search = HyperTrainingSearchCV(
+            net, {"weight_decay": per_feature(loguniform(1e-4, 1e2))}, cv=split, grain_scale="auto", start="estimator",
+            hyper_lr=0.2, hyper_eps=1e-3, evaluate="hypernetwork", refit=False, random_state=0,
+        )  # fmt: skip
+        return search.fit(X, y).history_["grain_scale"]
+
+    assert 0.5 <= chosen(12) < chosen(2) <= 4.0
