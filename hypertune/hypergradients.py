@@ -196,6 +196,11 @@ def _step_size(optimizer: torch.optim.Optimizer) -> float:
     return float(group.get("initial_lr", group["lr"]))  # of a schedule, which may have ended
 
 
+def _pace(optimizer: torch.optim.Optimizer) -> float:
+    """How far the weights get in a step, in the long run, with a momentum that is not averaged (SGD's)."""
+    return _step_size(optimizer) / (1 - optimizer.param_groups[0].get("momentum", 0.0))
+
+
 # --- implicit ------------------------------------------------------------------------------------------------------------------
 
 
@@ -253,13 +258,36 @@ class ImplicitAdjoint:
 
         ``G`` (K, 1, D) is the gradient of the mean over folds of L_Valid at the weights ``w`` (K, 1, D).
         """
-        at = _Linearisation(problem, w, lam_hat)
+        at, b = _Linearisation(problem, w, lam_hat), G[:, 0]
         self._calls += 1
-        self.q = self._solve(at, G[:, 0], self._preconditioner(at))
+        P, own = self._preconditioner(at), self.description
+        damping = P / (_pace(self.weight_optimizer) * own.horizon)
+
+        def A(v: Tensor) -> Tensor:
+            return at.hessian(v) + damping * v
+
+        if own.solver == "neumann":
+            for _ in range(own.iterations - 1):
+                self.q = self._richardson(A(self.q), b, self.q, P)
+            H_q, q_mixed = at.backward(
+                self.q
+            )  # the last product and the answer in one: the answer is that of q before it
+            self.q = self._richardson(H_q + damping * self.q, b, self.q, P)
+            return -q_mixed
+        if own.solver == "cg":
+            self.q = conjugate_gradients(A, b, self.q, P, own.iterations, self._tolerance())
+        else:
+            self.q = nystrom(at.hessian, b, damping, own.iterations)
         return -at.mixed(self.q)
 
     def newton(self, problem: Problem, lam_hat: Tensor) -> Tensor:
-        """w₀ ← w₀ − H⁻¹ ∇_w L_Train by the same conjugate gradients; L_Train (), mean over folds, before it."""
+        """w₀ ← w₀ − H⁻¹ ∇_w L_Train by the same conjugate gradients; L_Train (), mean over folds, before it.
+
+        Raises
+        ------
+        ValueError
+            If no fold's loss is convex along its gradient.
+        """
         w0 = self.hypernetwork.w0
         at = _Linearisation(problem, w0[:, None], lam_hat)
         g, P = at.g.detach()[:, 0], self._preconditioner(at)
@@ -281,32 +309,15 @@ class ImplicitAdjoint:
         self._diagonal = rows if self._diagonal is None else torch.lerp(self._diagonal, rows, 0.1)
         return self._diagonal.sqrt() + 1e-12
 
-    def _solve(self, at: _Linearisation, b: Tensor, P: Tensor) -> Tensor:
-        own = self.description
-        damping = P / (_step_size(self.weight_optimizer) * own.horizon)
-        if own.solver == "nystrom":
-            return nystrom(at.hessian, b, damping, own.iterations)
-
-        def A(v: Tensor) -> Tensor:
-            return at.hessian(v) + damping * v
-
-        if own.solver == "cg":
-            return conjugate_gradients(A, b, self.q, P, own.iterations, self._tolerance())
-        q = self.q
-        for _ in range(own.iterations):
-            q = self._richardson(A, b, q, P)
-        return q
-
-    def _richardson(self, A: Callable[[Tensor], Tensor], b: Tensor, q: Tensor, P: Tensor) -> Tensor:
+    def _richardson(self, A_q: Tensor, b: Tensor, q: Tensor, P: Tensor) -> Tensor:
         """q ← q + α P⁻¹ (b − A q): the dynamics of the weights themselves, with α reduced where P⁻¹ A is too sharp for it.
 
         With the inner learning rate alone the Neumann series diverges along the top eigenvectors.
         """
-        A_q = A(q)
         # ‖P⁻¹ A q‖ / ‖q‖ in the norm of P: a lower bound of the largest eigenvalue, close to it before q could diverge.
         sharpness = ((A_q**2 / P).sum(1, keepdim=True) / (P * q**2).sum(1, keepdim=True).clamp(min=1e-30)).sqrt()
         self._sharpness = torch.maximum(sharpness, 0.99 * self._sharpness)
-        lr = _step_size(self.weight_optimizer)
+        lr = _pace(self.weight_optimizer)
         return q + lr / (1 + lr * self._sharpness) * (b - A_q) / P
 
 
@@ -321,7 +332,7 @@ def conjugate_gradients(
     def dot(u: Tensor, v: Tensor) -> Tensor:
         return (u * v).sum(dim=1, keepdim=True)
 
-    r = b - A(q)
+    r = b - A(q) if q.any() else b
     z = r / P
     p, rz, enough = z, dot(r, z), tolerance**2 * dot(b, b)
     for _ in range(iterations):
