@@ -317,7 +317,7 @@ class ImplicitAdjoint:
         # ‖P⁻¹ A q‖ / ‖q‖ in the norm of P: a lower bound of the largest eigenvalue, close to it before q could diverge.
         sharpness = ((A_q**2 / P).sum(1, keepdim=True) / (P * q**2).sum(1, keepdim=True).clamp(min=1e-30)).sqrt()
         self._sharpness = torch.maximum(sharpness, 0.99 * self._sharpness)
-        lr = _pace(self.weight_optimizer)
+        lr = _step_size(self.weight_optimizer)
         return q + lr / (1 + lr * self._sharpness) * (b - A_q) / P
 
 

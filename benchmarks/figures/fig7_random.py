@@ -75,4 +75,4 @@ def plot(rows: list[Row], figure: Figure) -> None:
 
 def table(rows: list[Row]) -> str:
     """See :class:`benchmarks.figures.rows.FigureModule`."""
-    return f"{race.lines(rows, SOLVERS)}\n\n{race.verdict(rows, SOLVERS[1:])}"
+    return f"{race.lines(rows, SOLVERS)}\n\n{race.words(rows, SOLVERS[2:])}"
