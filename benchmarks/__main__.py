@@ -41,9 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("name", choices=[*NAMES, "list"], metavar="NAME", help=f"one of {', '.join(NAMES)}; or list")
     parser.add_argument("--seeds", type=int, default=1, help="number of seeds (default 1)")
     parser.add_argument("--mnist", metavar="DIR", default=None, help="folder of MNIST's IDX files")
-    parser.add_argument(
-        "--out", metavar="DIR", type=Path, default=_HERE / "out", help="where results go"
-    )
+    parser.add_argument("--out", metavar="DIR", type=Path, default=_HERE / "out", help="where results go")
     parser.add_argument("--problems", nargs="+", choices=list(ARENA), default=list(ARENA), metavar="PROBLEM")
     parser.add_argument("--solvers", nargs="+", choices=list(SOLVERS), default=list(SOLVERS), metavar="SOLVER")
     parser.add_argument(

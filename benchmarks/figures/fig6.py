@@ -36,7 +36,7 @@ Deviations
    norm, not its square. Errors are given here in units of the standard deviation of the loss over held-out λ.
 4. The released code trains its hypernetworks for 500 (fixed) and 600 (Algorithm 2) steps, not for a time. Here both have the same seconds.
 
-Command: ``python -m benchmarks fig6 --budget full --seeds 3 --mnist DIR``, MINUTES minutes a seed on two threads.
+Command: ``python -m benchmarks fig6 --budget full --seeds 3 --mnist DIR``, 15 minutes of processor time a seed.
 """
 
 from __future__ import annotations

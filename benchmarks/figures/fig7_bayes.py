@@ -30,7 +30,7 @@ Deviations
 3. Our step size of w is 3e-4. At 1e-3 it is stable for w alone and for 7,850 λ, but the tangent of 10 λ diverges: all weights of a class move
    together along the sharpest direction of the loss, which the preconditioner that w shares with it does not feel.
 
-Command: ``python -m benchmarks fig7-bayes --budget full --seeds 3 --mnist DIR``, MINUTES minutes a seed on two threads.
+Command: ``python -m benchmarks fig7-bayes --budget full --seeds 3 --mnist DIR``, 4 minutes of processor time a seed.
 """
 
 from __future__ import annotations

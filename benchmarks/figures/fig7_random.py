@@ -28,7 +28,7 @@ Deviations
 2. Hyper-training's curve is the loss of w_φ(λ̂) as it is then; that of random search is its best so far.
 3. Our step size of w is that of ``fig7_bayes.py``; for 7,850 λ one of 1e-3 does as well.
 
-Command: ``python -m benchmarks fig7-random --budget full --seeds 3 --mnist DIR``, MINUTES minutes a seed on two threads.
+Command: ``python -m benchmarks fig7-random --budget full --seeds 3 --mnist DIR``, 2 minutes of processor time a seed.
 """
 
 from __future__ import annotations
