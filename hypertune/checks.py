@@ -5,7 +5,7 @@
 >>> from sklearn.preprocessing import scale
 >>> from hypertune import MLP, HyperTrainingSearchCV, TorchClassifier, per_feature
 >>> X, y = load_wine(return_X_y=True)
->>> net = TorchClassifier(MLP(hidden=()), weight_decay=0.1, batch_size=200, lr=0.02, max_epochs=300, random_state=0)
+>>> net = TorchClassifier(MLP(hidden=()), weight_decay=0.1, batch_size=200, lr=0.02, max_epochs=600, random_state=0)
 >>> search = HyperTrainingSearchCV(net, {"weight_decay": per_feature(loguniform(1e-4, 1e1))}, algorithm="implicit", cv=2, random_state=0)
 >>> check = check_hypergradient(search, scale(X), y)
 >>> check.cosine > 0.99
@@ -91,6 +91,7 @@ def check_hypergradient(
     Returns
     -------
     HypergradientCheck
+        Both hypergradients, the cosine between them and the ratio of their lengths.
 
     Raises
     ------

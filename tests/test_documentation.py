@@ -36,7 +36,14 @@ def test_doctests(room: str):
 
 def test_every_public_name_has_a_valid_numpydoc_docstring():
     """What GridSearchCV's docstring is held to: sections, parameters in order, no unknown ones."""
-    for name in ("HyperTrainingSearchCV", "TorchClassifier", "TorchRegressor", "MLP", "BestResponse"):
+    for name in (
+        "HyperTrainingSearchCV",
+        "TorchClassifier",
+        "TorchRegressor",
+        "MLP",
+        "BestResponse",
+        "check_hypergradient",
+    ):
         errors = {code for code, _ in validate(f"hypertune.{name}")["errors"]}
         assert not errors & {"GL08", "SS01", "PR01", "PR02", "PR03", "PR04"}, (name, errors)
 

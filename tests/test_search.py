@@ -400,7 +400,7 @@ def test_preprocessing_is_fitted_inside_each_fold_and_no_outer_row_leaks(iris):
 def test_every_algorithm_with_every_hypernetwork(iris, algorithm, hypernetwork):
     found = search(algorithm=algorithm, hypernetwork=hypernetwork, evaluate="hypernetwork").fit(*iris)
     history = dict(found.history_)
-    assert history.pop("algorithm").startswith("joint: ")
+    assert history.pop("algorithm") == f"{algorithm}: asked for"
     assert history.pop("grain_scale") == 1.0
     assert set(history) == {"step", "seconds", "epoch", "train_loss", "validation_loss", *SPACE}
     assert all(np.isfinite(values).all() and len(values) == len(history["step"]) for values in history.values())
@@ -585,7 +585,7 @@ def test_bad_spaces_are_refused_by_name(iris, space, message):
     ("params", "error", "message"),
     [
         ({"estimator": LogisticRegression()}, TypeError, "tunes a TorchClassifier.*got LogisticRegression"),
-        ({"algorithm": "unrolled"}, ValueError, "'algorithm' parameter of HyperTrainingSearchCV must be a str among .*'joint'.* Got 'unrolled'"),
+        ({"algorithm": "grid"}, ValueError, "'algorithm' parameter of HyperTrainingSearchCV must be a str among .*'joint'.* Got 'grid'"),
         ({"hypernetwork": "lineal"}, ValueError, "'hypernetwork' .* Got 'lineal'"),
         ({"hypernetwork": 3}, ValueError, "'hypernetwork' .* implementing 'build'. Got 3"),
         ({"evaluate": "no"}, ValueError, "'evaluate' .* Got 'no'"),
