@@ -28,9 +28,10 @@ Maclaurin et al. (2015), *Gradient-based hyperparameter optimization through rev
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -39,6 +40,14 @@ from hypertune.algorithms import Adjoint, Problem, ResponseOptimizer, Step, Unro
 from hypertune.hypernetworks import Hypernetwork
 
 # --- descriptions: what algorithm= may be ---------------------------------------------------------------------------------
+
+_Solver = Literal["neumann", "cg", "nystrom"]
+_Inner = Literal["optimizer", "newton"]
+
+
+def _at_least_one(description: object, *names: str) -> None:
+    if few := [name for name in names if getattr(description, name) < 1]:
+        raise ValueError(f"{description}: {few[0]} must be at least 1.")
 
 
 @dataclass(frozen=True)
@@ -65,12 +74,21 @@ class Implicit:
         λ̂ moves at one training step in so many.
     """
 
-    solver: Literal["neumann", "cg", "nystrom"] = "neumann"
+    solver: _Solver = "neumann"
     iterations: int = 1
     horizon: float = 100.0
     tolerance: float = 0.0
-    inner: Literal["optimizer", "newton"] = "optimizer"
+    inner: _Inner = "optimizer"
     every: int = 4
+
+    def __post_init__(self) -> None:
+        if self.solver not in get_args(_Solver) or self.inner not in get_args(_Inner):
+            raise ValueError(f"{self}: solver is one of {get_args(_Solver)}, inner one of {get_args(_Inner)}.")
+        _at_least_one(self, "iterations", "every")
+        if not self.horizon > 0 or (self.solver == "nystrom" and math.isinf(self.horizon)):
+            raise ValueError(
+                f"{self}: horizon must be positive, and finite for solver='nystrom', which needs some damping."
+            )
 
 
 @dataclass(frozen=True)
@@ -79,12 +97,18 @@ class T1T2:
 
     every: int = 4
 
+    def __post_init__(self) -> None:
+        _at_least_one(self, "every")
+
 
 @dataclass(frozen=True)
 class Unrolled:
     """Reverse mode through ``steps`` training steps from the current weights (truncated back-propagation)."""
 
     steps: int = 20
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "steps")
 
     @property
     def every(self) -> int:
@@ -98,6 +122,9 @@ class Forward:
 
     every: int = 2
 
+    def __post_init__(self) -> None:
+        _at_least_one(self, "every")
+
 
 @dataclass(frozen=True)
 class Hybrid:
@@ -105,6 +132,9 @@ class Hybrid:
 
     steps: int = 5
     every: int = 4
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "steps", "every")
 
 
 Description = Implicit | T1T2 | Unrolled | Forward | Hybrid
@@ -290,10 +320,14 @@ class ImplicitAdjoint:
         """
         w0 = self.hypernetwork.w0
         at = _Linearisation(problem, w0[:, None], lam_hat)
-        g, P = at.g.detach()[:, 0], self._preconditioner(at)
-        w0.data.sub_(
-            conjugate_gradients(at.hessian, g, torch.zeros_like(g), P, self.description.iterations, self._tolerance())
-        )
+        g, P, own = at.g.detach()[:, 0], self._preconditioner(at), self.description
+        step = conjugate_gradients(at.hessian, g, torch.zeros_like(g), P, own.iterations, self._tolerance())
+        if g.any() and not step.any():
+            raise ValueError(
+                'inner="newton": the training loss curves downwards along its gradient, so a Newton step does not descend. It is for '
+                'convex losses (linear models with a weight decay); use inner="optimizer".'
+            )
+        w0.data.sub_(step)
         return at.loss
 
     def _tolerance(self) -> float:

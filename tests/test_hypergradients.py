@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -22,6 +24,7 @@ from hypertune import (
 )
 from hypertune.algorithms import PlainOptimizer, TangentOptimizer, joint
 from hypertune.hypergradients import (
+    Dynamics,
     Implicit,
     ImplicitAdjoint,
     T1T2Adjoint,
@@ -96,6 +99,40 @@ def test_a_horizon_damps_by_the_preconditioner_over_step_size_and_horizon(exact:
     assert_close(own, -torch.linalg.solve(H, exact.G[0, 0]) * exact.lam.exp() * exact.best)
 
 
+def test_momentum_lengthens_what_a_horizon_reaches(exact: Exact):
+    """SGD at 0.03 with momentum 0.9 gets as far in a step as SGD at 0.3."""
+
+    def own(**kwargs: float) -> torch.Tensor:
+        weights = torch.optim.SGD([exact.hypernetwork.w0], **kwargs)
+        description = Implicit(solver="cg", iterations=20, horizon=10.0)
+        adjoint = ImplicitAdjoint(description, exact.everything, exact.hypernetwork, weights)
+        return adjoint.hypergradient(exact.problem, exact.w.detach(), exact.lam, exact.G)
+
+    assert_close(own(lr=0.03, momentum=0.9), own(lr=0.3))
+
+
+def test_the_tolerance_falls_with_every_step_of_lam(exact: Exact):
+    """As in HOAG: a loose solution at first, an exact one after many steps."""
+    weights = torch.optim.SGD([exact.hypernetwork.w0], lr=0.3)
+    description = Implicit(solver="cg", iterations=20, horizon=INF, tolerance=0.9)
+    adjoint = ImplicitAdjoint(description, exact.everything, exact.hypernetwork, weights)
+    errors = [
+        float((adjoint.hypergradient(exact.problem, exact.w.detach(), exact.lam, exact.G) - exact.hypergradient).norm())
+        for _ in range(100)
+    ]
+    assert errors[0] > 1e-2 * float(exact.hypergradient.norm())
+    assert errors[-1] < 1e-3 * errors[0]
+
+
+def test_newton_steps_are_refused_where_the_loss_is_not_convex(exact: Exact):
+    hypernetwork = Constant().build(torch.ones(1, 8, dtype=torch.float64), exact.lam, Layout(torch.arange(8)))
+    own = Implicit(solver="cg", iterations=5, horizon=INF, inner="newton")
+    adjoint = ImplicitAdjoint(own, exact.everything, hypernetwork, torch.optim.SGD([hypernetwork.w0], lr=1.0))
+    concave = replace(exact.problem, train_loss=lambda w, lam, x: -w.square().sum(dim=-1) - 0.0 * lam.sum())
+    with pytest.raises(ValueError, match="curves downwards along its gradient"):
+        adjoint.newton(concave, exact.lam)
+
+
 def test_t1t2_takes_the_identity_for_the_hessian(exact: Exact):
     adjoint = T1T2Adjoint(exact.everything)
     own = adjoint.hypergradient(exact.problem, exact.w.detach(), exact.lam, exact.G)
@@ -130,6 +167,25 @@ def test_unrolling_long_enough_is_the_exact_hypergradient(exact: Exact):
     weights = torch.optim.SGD([exact.hypernetwork.w0], lr=0.3)
     _, _, own = Unroller(exact.everything, exact.hypernetwork, weights, 400)(exact.problem, exact.w.detach(), exact.lam)
     assert_close(own, exact.hypergradient, rtol=1e-6, atol=1e-8)
+
+
+def test_unrolling_leaves_out_what_the_loss_is_not_differentiable_in(exact: Exact):
+    weights = torch.optim.SGD([exact.hypernetwork.w0], lr=0.3)
+    some = torch.arange(8) < 3
+    _, _, own = Unroller(some, exact.hypernetwork, weights, 400)(exact.problem, exact.w.detach(), exact.lam)
+    assert_close(own, torch.where(some, exact.hypergradient, 0.0), rtol=1e-6, atol=1e-8)
+
+
+def test_a_held_preconditioner_is_curbed_by_the_size_of_the_rows_of_the_hessian(exact: Exact):
+    """A weight that Adam has seen no gradient of: its step is 1 over its row, not 1 over Adam's eps."""
+    weights = torch.optim.Adam([exact.hypernetwork.w0], lr=0.1)
+    exact.hypernetwork.w0.grad = torch.ones(1, 8, dtype=torch.float64)
+    exact.hypernetwork.w0.grad[0, 0] = 0.0
+    weights.step()
+    rows = torch.full((1, 8), 0.5, dtype=torch.float64)
+    assert_close(
+        Dynamics.of(exact.hypernetwork, weights, rows).s, torch.tensor([[2.0] + [0.1] * 7]).double(), rtol=1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -245,6 +301,22 @@ def test_what_a_method_cannot_do_is_refused(table):
     with pytest.raises(ValueError, match=r"at most 100, got 256"):
         search("forward", {"weight_decay": per_weight(DECAY)}).fit(*table)
     assert search("hybrid", dropout, epochs=2).fit(*table).best_params_["module__dropout"] >= 0
+
+
+@pytest.mark.parametrize(
+    ("description", "settings", "message"),
+    [
+        (Implicit, {"solver": "gmres"}, r"solver is one of \('neumann', 'cg', 'nystrom'\)"),
+        (Implicit, {"inner": "adam"}, "inner one of"),
+        (Implicit, {"solver": "nystrom", "horizon": INF}, "finite for solver='nystrom'"),
+        (Implicit, {"horizon": 0.0}, "horizon must be positive"),
+        (Implicit, {"iterations": 0}, "iterations must be at least 1"),
+        (Unrolled, {"steps": 0}, "steps must be at least 1"),
+    ],
+)
+def test_settings_without_a_meaning_are_refused(description, settings, message: str):
+    with pytest.raises(ValueError, match=message):
+        description(**settings)
 
 
 def test_a_search_without_a_response_says_so(table):

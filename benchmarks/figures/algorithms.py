@@ -116,7 +116,7 @@ def cells(seed: int, budget: str, directory: str | None) -> Iterator[Row]:
             yield found
             seconds = max(seconds, found["seconds"])
         yield row(_end(name), step=size.steps, lam=lam_hat)
-    search = _random_search(Trainer(data, size.scratch_steps, seed))
+    search = race.random_search(Trainer(data, size.scratch_steps, seed), n, START)
     yield from race.timed("Algorithm 1", search, data, every=1, limit=seconds)
 
 
@@ -128,24 +128,14 @@ def _exact(data: linear.Data) -> Iterator[Row]:
     """The best λ on a grid for all classes together, and for each class."""
     grid = torch.arange(LOW, HIGH + 0.01, 0.05)[:, None]
     w = linear.ridge_path(data.train, grid)
-    errors = (linear.outputs(w, data.valid.x) - data.valid.y.T).square().mean(dim=-1)  # (M, 10)
-    for solver, best in ((ONE, errors.mean(dim=1).argmin().repeat(n)), (EXACT, errors.argmin(dim=0))):
-        chosen = w.view(-1, n, linear.INPUTS)[best, torch.arange(n)].reshape(-1)
+    one = linear.mse(w, *data.valid).argmin().repeat(n)
+    for solver, best in ((ONE, one), (EXACT, linear.best_of_each_class(w, data.valid))):
+        chosen = linear.joined(w, best)
         valid, test = (linear.mse(chosen, *part) for part in (data.valid, data.test))
         yield row(solver, valid=valid, test=test, lam=grid[best, 0])
 
 
 # --- the algorithms ------------------------------------------------------------------------------------------------------------
-
-
-def _random_search(trainer: Trainer) -> Iterator[State]:
-    """Algorithm 1: train at λ from scratch; keep the best on the validation images."""
-    generator = torch.Generator().manual_seed(trainer.seed)
-    lam = torch.full((n,), START)
-    while True:
-        trainer.loss(lam)
-        yield trainer.state
-        lam = LOW + (HIGH - LOW) * torch.rand(n, generator=generator)
 
 
 def _hypertrain(name: str, lam_hat: Tensor, data: linear.Data, steps: int, seed: int) -> Iterator[State]:

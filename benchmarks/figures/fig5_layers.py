@@ -26,7 +26,7 @@ Deviations
 2. "hypernetwork's weights" are the paper's return value; "retrained" is the same setting from scratch, which the paper does not show.
 3. "no prior" is ``grain_scale=None``; the default has a prior around the mean of all values.
 
-Command: ``python -m benchmarks fig5-layers --budget full --seeds 3 --mnist DIR``, about 12 minutes a seed on one thread.
+Command: ``python -m benchmarks fig5-layers --budget full --seeds 3 --mnist DIR``, about 6 minutes a seed on one thread.
 """
 
 from __future__ import annotations

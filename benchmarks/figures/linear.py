@@ -124,7 +124,7 @@ def ridge(rows: Rows, lam: Tensor) -> Tensor:
     """
     if len(lam) == 1:
         return ridge_path(rows, lam[None])[0]
-    gram, moments = _moments(rows)
+    gram, moments = moments_of(rows)
     decay = lam.double().exp().view(CLASSES, -1).expand(-1, INPUTS)
     # One after the other: a stack of such systems fails in some versions of MKL.
     solved = [torch.linalg.solve(gram + d.diag(), moment) for d, moment in zip(decay, moments.T, strict=True)]
@@ -133,7 +133,7 @@ def ridge(rows: Rows, lam: Tensor) -> Tensor:
 
 def ridge_path(rows: Rows, lam: Tensor) -> Tensor:
     """The same for M values of one λ (M, 1), by one eigendecomposition: weights (M, D)."""
-    gram, moments = _moments(rows)
+    gram, moments = moments_of(rows)
     values, vectors = torch.linalg.eigh(gram)
     solved = [
         vectors @ ((vectors.T @ moments) / (values.clamp(min=0) + decay)[:, None]) for decay in lam.double().exp()
@@ -141,7 +141,18 @@ def ridge_path(rows: Rows, lam: Tensor) -> Tensor:
     return torch.stack([w.T.reshape(-1) for w in solved]).to(lam.dtype)
 
 
-def _moments(rows: Rows) -> tuple[Tensor, Tensor]:
+def best_of_each_class(w: Tensor, rows: Rows) -> Tensor:
+    """Which of M models is the best on some rows for each class, (10,): a class's error depends on its own weights alone."""
+    errors = torch.stack([(outputs(some, rows.x) - rows.y.T).square().mean(dim=-1) for some in w])
+    return errors.argmin(dim=0)
+
+
+def joined(w: Tensor, which: Tensor) -> Tensor:
+    """The weights (D,) that take each class from one of M models (M, D), by its number in ``which`` (10,)."""
+    return w.view(-1, CLASSES, INPUTS)[which, torch.arange(CLASSES)].reshape(-1)
+
+
+def moments_of(rows: Rows) -> tuple[Tensor, Tensor]:
     """XᵀX/B (785, 785) and XᵀY/B (785, 10) in float64."""
     x, y = rows.x.double(), rows.y.double()
     return x.T @ x / len(x), x.T @ y / len(x)
