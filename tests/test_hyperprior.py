@@ -11,7 +11,7 @@ from scipy.stats import loguniform
 from sklearn.datasets import make_regression
 from sklearn.model_selection import PredefinedSplit
 
-from hypertune import MLP, HyperTrainingSearchCV, TorchRegressor, per_feature
+from hypertune import MLP, HyperTrainingSearchCV, TorchRegressor, per_feature, training
 from hypertune.batches import Rows
 from hypertune.hyperprior import SCALES, choose_scale, vertex
 from hypertune.losses import absolute_error, cross_entropy, nats_per_unit, squared_error
@@ -65,6 +65,35 @@ def test_a_unit_of_a_loss_in_nats_is_the_slope_of_its_log_likelihood():
         (slope,) = torch.autograd.grad(nll(value), value)
         assert float(nats_per_unit(loss, value.detach(), 4)) == pytest.approx(float(slope))
     assert float(nats_per_unit(cross_entropy, value.detach(), 4)) == 1.0
+
+
+def test_the_slopes_of_a_search_are_in_nats(monkeypatch):
+    """Where Adam's eps is above all slopes, λ̂ moves in proportion to them: ten nats in a unit of the loss move it ten times as far."""
+    X, y = make_regression(60, 4, noise=10.0, random_state=0)
+    net = TorchRegressor(MLP(hidden=()), lr=0.02, batch_size=60, max_epochs=90, weight_decay=0.1, random_state=0)
+    own = {
+        "start": "estimator",
+        "evaluate": "hypernetwork",
+        "refit": False,
+        "hyper_eps": 1e3,
+        "cv": 2,
+        "random_state": 0,
+    }
+
+    def moved(nats: float) -> float:
+        monkeypatch.setattr(training, "nats_per_unit", lambda loss, value, outputs: nats * torch.ones_like(value))
+        search = HyperTrainingSearchCV(net, {"weight_decay": loguniform(1e-4, 1e2)}, **own, hyper_lr=100.0).fit(X, y)
+        path = np.log(search.history_["weight_decay"])
+        return abs(path[-1] - path[0])
+
+    assert moved(10.0) > 5 * moved(1.0) > 0
+
+
+def test_of_very_many_values_a_draw_is_recorded():
+    few, many = np.arange(5), np.arange(300_000)
+    assert training._some(few) is few
+    assert training._some(many).shape == (1_000,)
+    assert (training._some(many) == training._some(many)).all()
 
 
 @pytest.mark.slow
