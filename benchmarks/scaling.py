@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import subprocess
 import sys
 import time
@@ -30,10 +29,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks.cost import _kilobytes
+from benchmarks.cost import RETURNING, _kilobytes
 from hypertune.algorithms import Problem, Step, TangentOptimizer, descend_w, joint
 from hypertune.hypergradients import Implicit, ImplicitAdjoint, alternate
 from hypertune.hypernetworks import Builder, Constant, Layout, Linear
+from hypertune.objective import half_squares
 
 SHAPES = {10_000: (35, 80), 100_000: (140, 250), 1_000_000: (440, 800)}  # D: inputs and units of a hidden layer
 SIZES = tuple(10**power for power in range(7))
@@ -83,8 +83,9 @@ def search(algorithm: str, n: int, D: int) -> Iterator[Step]:
         return rows.view(*w.shape[:2], -1).mean(-1)
 
     def train_loss(w: Tensor, lam: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
-        squares = w.square() if n == D else w.square().view(*w.shape[:2], n, -1).sum(-1)
-        return loss(w, batch) + 0.5 * (lam.exp() * squares).sum(-1)
+        groups = w.view(-1, n, D // n)
+        strengths = lam.exp().repeat(len(w), 1) if len(w) > 1 else lam.exp()
+        return loss(w, batch) + half_squares(strengths[..., None], groups).view(w.shape[:2])
 
     lam = torch.full((n,), -9.0)
     problem = Problem(train_loss, loss, _batches(D), _batches(D), torch.full((), -14.0), torch.full((), 2.0))
@@ -166,8 +167,7 @@ def _of_steps(stream: Iterator[Any]) -> float:
 
 def _copies(algorithm: str, n: int, D: int) -> float:
     command = [sys.executable, "-m", "benchmarks.scaling", algorithm, str(n), str(D)]
-    held = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # not what the allocator keeps for later
-    return float(subprocess.run(command, capture_output=True, text=True, check=True, env=held).stdout)
+    return float(subprocess.run(command, capture_output=True, text=True, check=True, env=RETURNING).stdout)
 
 
 def _copies_of_the_model(algorithm: str, n: int, D: int) -> float:

@@ -212,6 +212,7 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
                 loss = objective.train_loss(w, {}, next(stream))
                 (w.grad,) = torch.autograd.grad(loss.sum(), w)
                 optimizer.step()
+                w.grad = None
                 schedule.step()
                 total += loss.detach()[0]
             curve.append(float(total) / stream.steps_per_epoch)

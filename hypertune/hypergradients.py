@@ -291,10 +291,10 @@ class ImplicitAdjoint:
         at, b = _Linearisation(problem, w, lam_hat), G[:, 0]
         self._calls += 1
         P, own = self._preconditioner(at), self.description
-        damping = P / (_pace(self.weight_optimizer) * own.horizon)
+        damping = 1 / (_pace(self.weight_optimizer) * own.horizon)
 
         def A(v: Tensor) -> Tensor:
-            return at.hessian(v) + damping * v
+            return at.hessian(v).addcmul_(P, v, value=damping)
 
         if own.solver == "neumann":
             for _ in range(own.iterations - 1):
@@ -302,12 +302,12 @@ class ImplicitAdjoint:
             H_q, q_mixed = at.backward(
                 self.q
             )  # the last product and the answer in one: the answer is that of q before it
-            self.q = self._richardson(H_q + damping * self.q, b, self.q, P)
+            self.q = self._richardson(H_q.addcmul_(P, self.q, value=damping), b, self.q, P)
             return -q_mixed
         if own.solver == "cg":
             self.q = conjugate_gradients(A, b, self.q, P, own.iterations, self._tolerance())
         else:
-            self.q = nystrom(at.hessian, b, damping, own.iterations)
+            self.q = nystrom(at.hessian, b, damping * P, own.iterations)
         return -at.mixed(self.q)
 
     def newton(self, problem: Problem, lam_hat: Tensor) -> Tensor:
@@ -349,10 +349,15 @@ class ImplicitAdjoint:
         With the inner learning rate alone the Neumann series diverges along the top eigenvectors.
         """
         # ‖P⁻¹ A q‖ / ‖q‖ in the norm of P: a lower bound of the largest eigenvalue, close to it before q could diverge.
-        sharpness = ((A_q**2 / P).sum(1, keepdim=True) / (P * q**2).sum(1, keepdim=True).clamp(min=1e-30)).sqrt()
+        sharpness = (_dot(A_q / P, A_q) / _dot(P * q, q).clamp(min=1e-30)).sqrt()
         self._sharpness = torch.maximum(sharpness, 0.99 * self._sharpness)
         lr = _step_size(self.weight_optimizer)
-        return q + lr / (1 + lr * self._sharpness) * (b - A_q) / P
+        return torch.addcdiv(q, (b - A_q).mul_(lr / (1 + lr * self._sharpness)), P)
+
+
+def _dot(u: Tensor, v: Tensor) -> Tensor:
+    """Of each of K, (K, 1)."""
+    return torch.linalg.vecdot(u, v)[:, None]
 
 
 def conjugate_gradients(
@@ -363,22 +368,19 @@ def conjugate_gradients(
     A fold that meets a direction of negative curvature keeps what it has.
     """
 
-    def dot(u: Tensor, v: Tensor) -> Tensor:
-        return (u * v).sum(dim=1, keepdim=True)
-
     r = b - A(q) if q.any() else b
     z = r / P
-    p, rz, enough = z, dot(r, z), tolerance**2 * dot(b, b)
+    p, rz, enough = z, _dot(r, z), tolerance**2 * _dot(b, b)
     for _ in range(iterations):
         A_p = A(p)
-        curvature = dot(p, A_p)
-        going = (curvature > 0) & (dot(r, r) > enough)
+        curvature = _dot(p, A_p)
+        going = (curvature > 0) & (_dot(r, r) > enough)
         if not going.any():
             break
         alpha = torch.where(going, rz / curvature, 0.0)
         q, r = q + alpha * p, r - alpha * A_p
         z = r / P
-        before, rz = rz, dot(r, z)
+        before, rz = rz, _dot(r, z)
         p = z + torch.where(going, rz / before, 0.0) * p
     return q
 

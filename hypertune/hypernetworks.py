@@ -194,7 +194,9 @@ class Hypernetwork(nn.Module):
         self.center = center
 
     def features(self, lam: Tensor) -> Tensor:
-        """λ of shape (m, n) → features (K, m, r)."""
+        """λ of shape (m, n) → features (K, m, r); none of them (r = 0) if no map would see them."""
+        if not self.maps:
+            return self.w0.new_zeros(len(self.w0), len(lam), 0)
         delta = lam - self.center
         return self.basis(delta if self.seen is None else delta * self.seen)
 
@@ -211,6 +213,8 @@ class Hypernetwork(nn.Module):
 
     def keep(self, K: int) -> None:
         """Let go of all but the first K of the stacked hypernetworks."""
+        if len(self.w0) == K:
+            return
         for parameter in self.parameters():
             parameter.data = parameter.data[:K].clone()
         for module in self.modules():

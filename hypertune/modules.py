@@ -23,7 +23,7 @@ Value = float | Tensor
 
 def is_zero(value: Value) -> bool:
     """Whether a hyperparameter is switched off for good: a plain 0, not a tensor that happens to be 0."""
-    return not isinstance(value, Tensor) and value == 0
+    return not isinstance(value, (Tensor, Mapping)) and value == 0
 
 
 class TensorDropout(nn.Module):

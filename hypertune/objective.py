@@ -52,17 +52,38 @@ LOSS_HYPERPARAMETERS: dict[str, tuple[float, float]] = {
 
 
 class _HalfSquares(torch.autograd.Function):
-    """½ Σ mask · w² for each row of w (M, D), with half the passes over w that autograd needs for it."""
+    """½ Σ w² of each model over several parameters (M, ...), without the copies of them that autograd would keep."""
 
     @staticmethod
-    def forward(ctx: Any, w: Tensor, mask: Tensor) -> Tensor:
-        ctx.save_for_backward(w, mask)
-        return 0.5 * ((w * w) @ mask)
+    def forward(ctx: Any, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return 0.5 * sum(torch.linalg.vecdot(p, p) for p in (p.flatten(1) for p in parameters))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        w, mask = ctx.saved_tensors
-        return (grad[:, None] * w) * mask, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return tuple(_of_models(grad, p) * p for p in ctx.saved_tensors)
+
+
+def half_squares(s: Tensor, w: Tensor) -> Tensor:
+    """½ Σ s w² of each model, (M,), over one parameter w (M, ...) with strengths s that broadcast to it."""
+    found: Tensor = _WeightedHalfSquares.apply(s, w)
+    return found
+
+
+class _WeightedHalfSquares(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, s: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(s, w)
+        return 0.5 * torch.linalg.vecdot((s * w).flatten(1), w.flatten(1))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (s, w), (of_s, of_w) = ctx.saved_tensors, ctx.needs_input_grad
+        grad = _of_models(grad, w)
+        return (grad * (0.5 * w * w)).sum_to_size(s.shape) if of_s else None, s * w * grad if of_w else None
+
+
+Strength = Value | Mapping[str, Tensor]  # of a penalty
 
 
 # --- the objective ---------------------------------------------------------------------------------------------------
@@ -133,12 +154,9 @@ class Objective:
         self._constants = {k: p.detach() for k, p in module.named_parameters() if not p.requires_grad}
         self._buffers = [{k: b.detach().clone() for k, b in module.named_buffers()} for _ in range(folds)]
         self.D = sum(self._sizes)
-        self._penalised = torch.cat(
-            [p.new_full((p.numel(),), float(p.dim() > 1 or penalise_biases)) for p in parameters.values()]
-            or [torch.zeros(0)]
-        )
-        self._free = {k for k, p in parameters.items() if not (p.dim() > 1 or penalise_biases)}
-        self.fixed: dict[str, Value] = {name: self._as_fixed(name, value) for name, value in (fixed or {}).items()}
+        self._like = next(iter(parameters.values()), torch.zeros(0)).detach().new_empty(0)
+        self._penalised = [k for k, p in parameters.items() if p.dim() > 1 or penalise_biases]
+        self.fixed: dict[str, Any] = {name: self._as_fixed(name, value) for name, value in (fixed or {}).items()}
 
     # flat w ⇄ named parameters
 
@@ -177,7 +195,7 @@ class Objective:
         ValueError
             If no parameter is penalised, or for "feature" if the first one does not have one column for each input.
         """
-        shapes = {k: shape for k, shape in self._shapes.items() if k not in self._free}
+        shapes = {k: self._shapes[k] for k in self._penalised}
         if not shapes:
             raise ValueError("the model has no weights of two or more dimensions")
         if grain == "weight":
@@ -205,27 +223,32 @@ class Objective:
             numbers = start + torch.arange(math.prod(arrangement[k])).view(arrangement[k])
             pieces.append(numbers.expand(shape).reshape(-1))
             start += math.prod(arrangement[k])
-        return torch.cat(pieces).to(self._penalised.device)
+        return torch.cat(pieces).to(self._like.device)
 
-    def _as_fixed(self, name: str, value: Any) -> Value:
-        """A dict by parameter name → one coefficient for each weight (1, D); an array by feature → (1, features)."""
-        like = self._penalised
+    def by_parameter(self, arrangement: Mapping[str, tuple[int, ...]], values: Tensor) -> dict[str, Tensor]:
+        """Values (M, size) of an arrangement → views by parameter name that broadcast to M parameters, as penalties take them."""
+        pieces = values.split([math.prod(shape) for shape in arrangement.values()], dim=1)
+        padded = {k: (*(1,) * (len(self._shapes[k]) - len(shape)), *shape) for k, shape in arrangement.items()}
+        return {k: piece.view(-1, *s) for (k, s), piece in zip(padded.items(), pieces, strict=True)}
+
+    def _as_fixed(self, name: str, value: Any) -> Strength:
+        """A dict by parameter name → one tensor for each, (1, *shape); an array by feature → (1, features)."""
+        like = self._like
         if isinstance(value, Mapping):
-            known = [k for k in self._shapes if k not in self._free]
-            if value.keys() - set(known):
+            if unknown := sorted(value.keys() - set(self._penalised)):
                 raise ValueError(
-                    f"{name}: {sorted(value.keys() - set(known))} are no penalised parameters of the model; it has {known}."
+                    f"{name}: {unknown} are no penalised parameters of the model; it has {self._penalised}."
                 )
-            pieces = []
-            for k, shape in self._shapes.items():
-                one = torch.as_tensor(np.asarray(value.get(k, 0.0)), dtype=like.dtype, device=like.device)
+            tensors = {}
+            for k, own in value.items():
+                one, shape = torch.as_tensor(np.asarray(own), dtype=like.dtype, device=like.device), self._shapes[k]
                 try:
-                    pieces.append(one.expand(shape).reshape(-1))
+                    tensors[k] = one.expand(shape)[None]
                 except RuntimeError as error:
                     raise ValueError(
                         f"{name}[{k!r}] of shape {tuple(one.shape)} does not broadcast to the parameter's {tuple(shape)}."
                     ) from error
-            return torch.cat(pieces)[None]
+            return tensors
         if np.ndim(value) == 0:
             return float(value)
         return torch.as_tensor(np.asarray(value), dtype=like.dtype, device=like.device)[None]
@@ -250,8 +273,8 @@ class Objective:
         ----------
         w : Tensor of shape (M, D)
         values : mapping from str to Tensor of shape (M,) or float
-            Hyperparameters by name; those missing are taken from ``fixed``. Penalties may also be (M, D), one for each weight,
-            and the input noise (M, features).
+            Hyperparameters by name; those missing are taken from ``fixed``. Penalties may also be dicts from
+            parameter name to a tensor that broadcasts to it (M, ...), and the input noise (M, features).
         batch : Batch of M × B rows
         keep_statistics : bool, default=True
             Whether the running statistics of normalisation layers, if there are any, are updated by this pass.
@@ -269,29 +292,30 @@ class Objective:
         if not is_zero(noise):
             # One draw for all models: common random numbers.
             x = x + _rowwise(noise, x) * torch.randn(x.shape[1:], dtype=x.dtype, device=x.device)
-        forward = partial(self._outputs, values=values, training=True, keep=keep_statistics)
+        named = self.named(w)
+        forward = partial(self._outputs, named, values=values, training=True, keep=keep_statistics)
         if is_zero(mixup):
-            loss = self._mean_loss(forward(w, x), batch, smoothing)
+            loss = self._mean_loss(forward(x), batch, smoothing)
         else:  # Zhang et al. (2018), with a uniform share instead of a Beta: 0 is none, and neighbours share the draw
             other = torch.randperm(x.shape[1], device=x.device)
             share = 0.5 * mixup * torch.rand((), dtype=x.dtype, device=x.device)
             x = torch.lerp(x, x[:, other], _rowwise(share, x))
-            outputs = forward(w, x)
+            outputs = forward(x)
             mixed_in = self._mean_loss(outputs, batch._replace(y=batch.y[:, other]), smoothing)
             loss = (1 - share) * self._mean_loss(outputs, batch, smoothing) + share * mixed_in
         weight_decay, l1 = values.get("weight_decay", 0.0), values.get("l1", 0.0)
         if not is_zero(weight_decay):
-            loss = loss + self._penalty(weight_decay, w, squared=True)
+            loss = loss + self._half_squares(weight_decay, named)
         if not is_zero(l1):
-            loss = loss + self._penalty(l1, w, squared=False)
+            loss = loss + self._absolute(l1, named)
         if self.penalty is not None:
-            loss = loss + self._own_penalty(w, _keywords("penalty__", values))
+            loss = loss + self._own_penalty(named, _keywords("penalty__", values), len(w))
         return loss
 
-    def _own_penalty(self, w: Tensor, keywords: Mapping[str, Value]) -> Tensor:
+    def _own_penalty(self, named: Mapping[str, Tensor], keywords: Mapping[str, Value], models: int) -> Tensor:
         penalties = []
-        for i in range(len(w)):
-            own = self.penalty({k: p[i] for k, p in self.named(w).items()}, **_ith(keywords, i))  # type: ignore[misc]
+        for i in range(models):
+            own = self.penalty({k: p[i] for k, p in named.items()}, **_ith(keywords, i))  # type: ignore[misc]
             if not isinstance(own, Tensor) or own.dim() != 0:
                 got = f"shape {tuple(own.shape)}" if isinstance(own, Tensor) else type(own).__name__
                 raise ValueError(f"penalty {self.penalty!r} returned {got}; return one number, a tensor of shape ().")
@@ -312,22 +336,28 @@ class Objective:
             augmented.append(own)
         return torch.stack(augmented).to(x.dtype)
 
-    def _penalty(self, strength: Value, w: Tensor, *, squared: bool) -> Tensor:
-        """Σ over penalised weights of strength · ½w² or |w|, (M,); the strength is one per model or one per weight."""
-        if isinstance(strength, Tensor) and strength.dim() == 2:
-            return ((0.5 * w * w if squared else w.abs()) * (strength * self._penalised)).sum(dim=-1)
-        return strength * (_HalfSquares.apply(w, self._penalised) if squared else w.abs() @ self._penalised)
+    def _half_squares(self, strength: Strength, named: Mapping[str, Tensor]) -> Value:
+        """Σ over penalised weights of strength · ½w², (M,); a strength is one per model, or a dict of them by parameter."""
+        if isinstance(strength, Mapping):
+            return sum(half_squares(s, named[k]) for k, s in strength.items())
+        return strength * _HalfSquares.apply(*(named[k] for k in self._penalised)) if self._penalised else 0.0
+
+    def _absolute(self, strength: Strength, named: Mapping[str, Tensor]) -> Value:
+        """The same of strength · |w|."""
+        if isinstance(strength, Mapping):
+            return sum((s * named[k].abs()).flatten(1).sum(1) for k, s in strength.items())
+        return sum(strength * named[k].abs().flatten(1).sum(1) for k in self._penalised)
 
     def valid_loss(self, w: Tensor, batch: Batch, *, fold: int | None = None) -> Tensor:
         """Validation loss of each model, (M, D) → (M,): mean over rows, no noise, no penalty, module in eval mode.
 
         ``fold`` says whose buffers to use if all M models belong to one fold.
         """
-        return self._mean_loss(self._outputs(w, batch.x, {}, training=False, fold=fold), batch, 0.0)
+        return self._mean_loss(self._outputs(self.named(w), batch.x, {}, training=False, fold=fold), batch, 0.0)
 
     def predict(self, w: Tensor, x: Tensor) -> Tensor:
         """Outputs in eval mode: w (M, D), x (M, B, ...) → (M, B, outputs)."""
-        return self._outputs(w, x, {}, training=False)
+        return self._outputs(self.named(w), x, {}, training=False)
 
     def try_stacking(self, x: Tensor, values: Mapping[str, float]) -> None:
         """Find out whether the module works under vmap; otherwise fall back to a loop over models, with a warning.
@@ -343,7 +373,7 @@ class Objective:
         if self._buffers[0]:
             before = {k: b.clone() for k, b in self._buffers[0].items()}
             with torch.no_grad():
-                self._outputs(w[:1], x[None], values, training=True, fold=0)
+                self._outputs(self.named(w[:1]), x[None], values, training=True, fold=0)
             self.has_statistics = any(not torch.equal(before[k], b) for k, b in self._buffers[0].items())
             self._buffers[0].update(before)
         if self.has_statistics:  # they are written in place, which vmap cannot do
@@ -352,7 +382,7 @@ class Objective:
         tensors = {k: w.new_tensor([v, v]) for k, v in values.items()}
         try:
             for training in (True, False):
-                self._outputs(w, x.expand(2, *x.shape), tensors, training=training)
+                self._outputs(self.named(w), x.expand(2, *x.shape), tensors, training=training)
         except Exception as error:
             self.stacked = False
             warnings.warn(
@@ -375,7 +405,7 @@ class Objective:
 
     def _outputs(
         self,
-        w: Tensor,
+        named: Mapping[str, Tensor],
         x: Tensor,
         values: Mapping[str, Value],
         *,
@@ -386,21 +416,24 @@ class Objective:
         rates = {name: values[name] for name in self.reach if name in values}
         if (layers := self._layers[training]) is not None and self.inputs is None and self.stacked:
             with self._set(training, rates):
-                constants = {k: c.expand(len(w), *c.shape) for k, c in self._constants.items()}
-                return run_layers(layers, {**self.named(w), **constants}, x)
-        if len(w) > 1 and self.stacked:
-            tensors = {k: torch.as_tensor(v, dtype=w.dtype, device=w.device).expand(len(w)) for k, v in rates.items()}
+                constants = {k: c.expand(len(x), *c.shape) for k, c in self._constants.items()}
+                return run_layers(layers, {**named, **constants}, x)
+        if len(x) > 1 and self.stacked:
+            like = self._like
+            tensors = {
+                k: torch.as_tensor(v, dtype=like.dtype, device=like.device).expand(len(x)) for k, v in rates.items()
+            }
             forward = partial(self._forward, training=training, buffers=self._buffers[0])
-            return vmap(forward, randomness="same")(self.named(w), tensors, x)
-        outputs, noise = [], rng_state(w.device)
-        for i in range(len(w)):
-            set_rng_state(noise, w.device)  # the same noise for every model, as in the stacked pass
-            named = {k: p[i] for k, p in self.named(w).items()}
+            return vmap(forward, randomness="same")(named, tensors, x)
+        outputs, noise = [], rng_state(x.device)
+        for i in range(len(x)):
+            set_rng_state(noise, x.device)  # the same noise for every model, as in the stacked pass
+            own = {k: p[i] for k, p in named.items()}
             numbers = {k: float(v[i] if isinstance(v, Tensor) and v.dim() else v) for k, v in rates.items()}
-            buffers = self._buffers[i * len(self._buffers) // len(w) if fold is None else fold]
+            buffers = self._buffers[i * len(self._buffers) // len(x) if fold is None else fold]
             if training and not keep:
                 buffers = {k: b.clone() for k, b in buffers.items()}
-            outputs.append(self._forward(named, numbers, x[i], training=training, buffers=buffers))
+            outputs.append(self._forward(own, numbers, x[i], training=training, buffers=buffers))
         return torch.stack(outputs)
 
     def _forward(
@@ -445,6 +478,11 @@ def arguments(x: Tensor, inputs: Mapping[str, Tensor] | None) -> tuple[tuple[Ten
     return (), {name: x[:, columns] for name, columns in inputs.items()}
 
 
+def _of_models(numbers: Tensor, like: Tensor) -> Tensor:
+    """One number per model (M,), so that it broadcasts with ``like`` (M, ...)."""
+    return numbers.view(-1, *(1,) * (like.dim() - 1))
+
+
 def _keywords(prefix: str, values: Mapping[str, Value]) -> dict[str, Value]:
     return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
 
@@ -457,4 +495,4 @@ def _rowwise(value: Value, x: Tensor) -> Value:
     """A number, one per model (M,), or one per model and feature (M, features), so that it broadcasts with x (M, B, ...)."""
     if not isinstance(value, Tensor):
         return value
-    return value[:, None] if value.dim() == 2 else value.view(-1, *(1,) * (x.dim() - 1))
+    return value[:, None] if value.dim() == 2 else _of_models(value, x)

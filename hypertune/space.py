@@ -215,8 +215,8 @@ class Hyperparameter:
 
     def decode(self, lam: Tensor) -> Tensor:
         """λ → value, elementwise, always inside the declared bounds."""
-        value = self.offset + (lam.exp() if self.coordinate == "log" else self.unit * lam)
-        return value.clamp(*self.support)
+        value = lam.exp() if self.coordinate == "log" else self.unit * lam
+        return (value + self.offset if self.offset else value).clamp(*self.support)
 
 
 def _broadcast(value: Any, shape: tuple[int, ...], name: str) -> np.ndarray:

@@ -116,9 +116,6 @@ def hyper_train(
         every = recipe.every(response_optimizer)
         # λ̂ moves once in `every` steps, and as far as if it did in all of them.
         lam_optimizer = torch.optim.Adam([lam_hat], lr=every * hyper_lr, betas=(0.9, 0.99), eps=hyper_eps)
-        # Each of many values has a small slope of its own; what matters is the slope of moving all of them together.
-        sizes = space.sizes.to(lam_hat)
-
         grouped = (
             []
             if grain_scale is None
@@ -132,12 +129,16 @@ def hyper_train(
         unit = torch.ones_like(lam_hat[0])  # nats in a unit of the validation loss
 
         def prepare_slopes(*_: Any) -> None:
-            trace.slope = lam_hat.grad.clone()  # type: ignore[union-attr]
-            lam_hat.grad.mul_(unit)  # type: ignore[union-attr]
+            slope = lam_hat.grad
+            assert slope is not None
+            trace.see_slope(slope)
+            slope.mul_(unit)
             for block, strength in grouped:  # a Gaussian prior around the mean, against one validation loss per row
                 own = lam_hat.detach()[block]
-                lam_hat.grad[block] += strength * (own - own.mean())  # type: ignore[index]
-            lam_hat.grad.mul_(sizes)  # type: ignore[union-attr]
+                slope[block] += strength * (own - own.mean())
+            for h, block in zip(space.hyperparameters, space.blocks.values(), strict=True):
+                if h.size > 1:  # each of many has a small slope of its own; what matters is that of moving all together
+                    slope[block] *= h.size
 
         lam_optimizer.register_step_pre_hook(prepare_slopes)
         decay = every / max(steps - first, 1) if hyper_lr_schedule == "linear" else 0.0
@@ -169,7 +170,7 @@ def hyper_train(
             settle(problem, phi, average, next(train_batches))
     phi.keep(K)  # the other initial weights have done their part
     response.params = space.decode(average)
-    response.hypergradient = trace.average_slope().cpu()
+    response.hypergradient = trace.slope.cpu()
     phi.center = phi.center.detach().clone()
     phi.requires_grad_(False)
     response.folds = [fold.without_training_rows() for fold in folds]
@@ -200,8 +201,12 @@ def stack(space: Space, prefix: str, folds: list[Fold], n_rows: int, seed: int) 
         first = folds[0].net._build_module()
         w0 = torch.stack([flat_weights(first), *(flat_weights(fold.net._build_module()) for fold in folds[1:])])
         objective = net._make_objective(first, reach=reaches, folds=len(folds))
+        views = objective.named(w0[0])
         x = folds[0].valid.x[:2]
         net._check_outputs(objective, x)
+        for name, parameter in first.named_parameters():  # the module is w0's first row: one copy of it in memory
+            if parameter.requires_grad:
+                parameter.data = views[name]
         settings = net.get_params()
         objective.try_stacking(x, {own: settings[own] for own in reaches})
     return space.resolve(arrangements(net, objective, space, prefix, x, n_rows)), objective, w0
@@ -278,22 +283,21 @@ def make_train_loss(
     return train_loss
 
 
-def make_values(
-    space: Space, prefix: str, objective: Objective, net: Net
-) -> Callable[[Tensor, int], dict[str, Tensor]]:
+def make_values(space: Space, prefix: str, objective: Objective, net: Net) -> Callable[[Tensor, int], dict[str, Any]]:
     """``(lam (m, n), K)`` → values by their names in the loss, as :meth:`Objective.train_loss` takes them for K × m models.
 
     Those of single rows are as they are in λ, (m, number of all rows).
     """
     own = {name: name.removeprefix(prefix) for name in space.names}
     names = {name: net.loss_names.get(short, short) for name, short in own.items()}
-    of_weights = {h.name: objective.index(h.shape) for h in space.hyperparameters if isinstance(h.shape, Mapping)}
+    arranged = {h.name: h.shape for h in space.hyperparameters if isinstance(h.shape, Mapping)}
 
-    def values_of(lam: Tensor, K: int) -> dict[str, Tensor]:
-        values = {}
+    def values_of(lam: Tensor, K: int) -> dict[str, Any]:
+        values: dict[str, Any] = {}
         for name, v in space.values(lam).items():
-            v = v[:, of_weights[name]] if name in of_weights else v
-            values[names[name]] = v if names[name] == "sample_weight" else v.repeat(K, *(1,) * (v.dim() - 1))
+            if K > 1 and names[name] != "sample_weight":
+                v = v.repeat(K, *(1,) * (v.dim() - 1))
+            values[names[name]] = objective.by_parameter(arranged[name], v) if name in arranged else v
         return values
 
     return values_of
@@ -309,22 +313,27 @@ class _Trace:
         self.rows: list[dict[str, Any]] = []
         self._losses: list[Tensor] = []
         self._sum, self._count = torch.zeros_like(lam_hat), 0
-        self.slope = torch.zeros_like(lam_hat)  # the last hypergradient
-        self._slopes, self._moves = torch.zeros_like(lam_hat), 0
+        self.slope, self._moves = torch.zeros_like(lam_hat), 0
+        self._averaging = False
 
     def see(self, number: int, step: Step) -> None:
         if step.train_loss is not None:
             self._losses.append(step.train_loss)
         if number > self.averaged_from:
-            self._sum, self._count = self._sum + self.lam_hat.detach(), self._count + 1
-            if step.valid_loss is not None:
-                self._slopes, self._moves = self._slopes + self.slope, self._moves + 1
+            self._sum += self.lam_hat.detach()
+            self._count += 1
+        self._averaging = number + 1 > self.averaged_from
+
+    def see_slope(self, slope: Tensor) -> None:
+        """A hypergradient: all of them are averaged over the last part of the path; until then it is the last one."""
+        if self._averaging:
+            self._moves += 1
+            self.slope.lerp_(slope, 1 / self._moves)
+        else:
+            self.slope.copy_(slope)
 
     def average(self) -> Tensor:
         return self._sum / self._count if self._count else self.lam_hat.detach()
-
-    def average_slope(self) -> Tensor:
-        return self._slopes / self._moves if self._moves else self.slope
 
     def record(self, number: int) -> None:
         train_loss = float(torch.stack(self._losses).mean()) if self._losses else self.rows[-1]["train_loss"]

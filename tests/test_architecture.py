@@ -17,7 +17,7 @@ ROOMS = {  # room -> the rooms it may import from
     "hypernetworks": set(),
     "losses": {"modules"},
     "objective": {"batches", "losses", "modules", "randomness"},
-    "algorithms": {"hypernetworks"},
+    "algorithms": {"hypernetworks", "randomness"},
     "hypergradients": {"algorithms", "hypernetworks"},
     "estimator": {"batches", "callbacks", "factory", "losses", "modules", "objective", "randomness"},
     "skorch": {"batches", "estimator", "losses", "modules", "objective", "randomness"},

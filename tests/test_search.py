@@ -160,6 +160,15 @@ def test_the_same_seed_gives_the_same_result(fitted, iris):
     assert other.best_response_.params != fitted.best_response_.params
 
 
+@pytest.mark.slow
+def test_a_large_model_is_trained_one_sampled_setting_at_a_time_with_the_same_noise(fitted, iris, monkeypatch):
+    monkeypatch.setattr("hypertune.algorithms._TOGETHER", 0)
+    apart = search().fit(*iris)
+    for name in SPACE:
+        assert_allclose(apart.history_[name], fitted.history_[name], rtol=1e-3)
+    assert_allclose(apart.history_["train_loss"], fitted.history_["train_loss"], rtol=1e-3)
+
+
 def test_the_documented_attributes_are_the_fitted_ones(fitted):
     documented = {parameter.name for parameter in ClassDoc(HyperTrainingSearchCV)["Attributes"]}
     public = {name for name in vars(fitted) if name.endswith("_") and not name.startswith("_")}
