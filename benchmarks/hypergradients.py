@@ -36,6 +36,7 @@ from hypertune.hypergradients import (
     Hybrid,
     Implicit,
     ImplicitAdjoint,
+    Recorder,
     T1T2Adjoint,
     Tangent,
     Unrolled,
@@ -122,8 +123,9 @@ def _stream(
             descend = partial(by.newton, problem, lam_hat) if algorithm.inner == "newton" else plain
             return alternate(problem, hypernetwork, lam_hat, descend, held, adjoint=by, **last)
         case Unrolled(k):
-            unroll = Unroller(every, hypernetwork, weights, k)
-            return alternate(problem, hypernetwork, lam_hat, plain, held, unroll=unroll, **last)
+            recorder = Recorder(hypernetwork, phi_optimizer, k)
+            carry = partial(recorder.step, problem, lam_hat)
+            return alternate(problem, hypernetwork, lam_hat, carry, held, unroll=recorder, **last)
         case Forward():
             carry = partial(Tangent(hypernetwork, phi_optimizer).step, problem, lam_hat)
             return alternate(problem, hypernetwork, lam_hat, carry, held, **last)

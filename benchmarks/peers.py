@@ -36,7 +36,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from benchmarks.libraries import PEERS, Setting
 from hypertune.algorithms import Problem, TangentOptimizer, descend_w, joint
-from hypertune.hypergradients import Implicit, ImplicitAdjoint, Unrolled, Unroller, alternate
+from hypertune.hypergradients import Implicit, ImplicitAdjoint, Recorder, Unrolled, alternate
 from hypertune.hypernetworks import Constant, Layout, Linear
 
 Pair = tuple[Tensor, Tensor]  # the L2 (20,) and the weights (20,) in hand
@@ -132,8 +132,9 @@ def ours(algorithm: Any) -> Solver:
                     problem, hypernetwork, lam, train, lam_optimizer, adjoint=adjoint, every=algorithm.every
                 )
             case Unrolled(steps):
-                unroll = Unroller(everything, hypernetwork, weights, steps)
-                run = alternate(problem, hypernetwork, lam, train, lam_optimizer, unroll=unroll, every=algorithm.every)
+                recorder = Recorder(hypernetwork, phi_optimizer, steps)
+                train = partial(recorder.step, problem, lam)
+                run = alternate(problem, hypernetwork, lam, train, lam_optimizer, unroll=recorder, every=steps)
         for _ in run:
             yield lam.exp(), hypernetwork.w0.data[0]
 

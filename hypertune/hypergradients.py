@@ -29,7 +29,8 @@ Maclaurin et al. (2015), *Gradient-based hyperparameter optimization through rev
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, MutableSequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -459,11 +460,6 @@ class Unroller:
     weight_optimizer : torch.optim.Optimizer
         Holds ``hypernetwork.w0``.
     steps : int
-
-    Attributes
-    ----------
-    end : Tensor of shape (K, 1, D)
-        The weights after the steps of the last call.
     """
 
     def __init__(
@@ -483,17 +479,55 @@ class Unroller:
             trajectory.append(at)
             u = step.beta * u + step.gamma * at.g.detach()
             w = w - step.s[:, None] * u
-        self.end = w
-        w = w.detach().requires_grad_()
-        loss = problem.valid_loss(w, next(problem.valid_batches))
-        (G,) = torch.autograd.grad(loss.mean(), w)
-        # The same backwards: what L_Valid owes to w and to u after each step, from the last to the first.
-        of_w, of_u, of_lam = G[:, 0], torch.zeros_like(step.u), torch.zeros_like(lam_hat)
-        while trajectory:
-            of_u = of_u - step.s * of_w
-            through_w, through_lam = trajectory.pop().backward(step.gamma * of_u)  # its graph is let go of here
-            of_w, of_lam, of_u = of_w + through_w, of_lam + through_lam, step.beta * of_u
-        return loss.detach(), of_w[:, None], torch.where(self.coordinates, of_lam, 0.0)
+        loss, of_w, of_lam = _back(problem, w, trajectory, step)
+        return loss, of_w, torch.where(self.coordinates, of_lam, 0.0)
+
+
+class Recorder:
+    """Training steps of w₀ that are remembered, and the gradient back through the last ``steps`` of them.
+
+    Parameters
+    ----------
+    hypernetwork : Hypernetwork
+    phi_optimizer : ResponseOptimizer
+    steps : int
+    """
+
+    def __init__(self, hypernetwork: Hypernetwork, phi_optimizer: ResponseOptimizer, steps: int):
+        self.hypernetwork, self.phi_optimizer = hypernetwork, phi_optimizer
+        self._trajectory: deque[_Linearisation] = deque(maxlen=steps)
+
+    def step(self, problem: Problem, lam_hat: Tensor) -> Tensor:
+        """One step; L_Train (), mean over folds, before it."""
+        at = _Linearisation(problem, self.hypernetwork.w0.data[:, None].clone(), lam_hat)
+        self._trajectory.append(at)
+        self.phi_optimizer.step_at_center(at.g.detach()[:, 0])
+        return at.loss
+
+    def __call__(self, problem: Problem, w: Tensor, lam_hat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See :class:`hypertune.algorithms.Unroll`: the steps are those that led to w."""
+        rows = self._trajectory[0].row_sizes()
+        step = Dynamics.of(self.hypernetwork, self.phi_optimizer.weight_optimizer, rows)
+        return _back(problem, w, self._trajectory, step)
+
+
+def _back(
+    problem: Problem, w: Tensor, trajectory: MutableSequence[_Linearisation], step: Dynamics
+) -> tuple[Tensor, Tensor, Tensor]:
+    """L_Valid (K, 1) at w (K, 1, D), and of its mean over folds the gradients with respect to where the trajectory began and λ̂.
+
+    The trajectory is used up: the graph of each step is let go of as soon as it has been differentiated.
+    """
+    w = w.detach().requires_grad_()
+    loss = problem.valid_loss(w, next(problem.valid_batches))
+    (G,) = torch.autograd.grad(loss.mean(), w)
+    # What L_Valid owes to w and to u after each step, from the last to the first.
+    of_w, of_u, of_lam = G[:, 0], torch.zeros_like(step.u), torch.zeros_like(trajectory[0].lam[0])
+    while trajectory:
+        of_u = of_u - step.s * of_w
+        through_w, through_lam = trajectory.pop().backward(step.gamma * of_u)
+        of_w, of_lam, of_u = of_w + through_w, of_lam + through_lam, step.beta * of_u
+    return loss.detach(), of_w[:, None], of_lam
 
 
 class Tangent:

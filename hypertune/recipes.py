@@ -39,6 +39,7 @@ from hypertune.hypergradients import (
     Hybrid,
     Implicit,
     ImplicitAdjoint,
+    Recorder,
     T1T2Adjoint,
     Tangent,
     Unrolled,
@@ -224,8 +225,9 @@ def stream(
         case Implicit() | T1T2():
             yield from alternate(problem, phi, lam_hat, plain, lam_optimizer, **common)
         case Unrolled(steps):
-            unroll = Unroller(~implicit, phi, weights, steps)
-            yield from alternate(problem, phi, lam_hat, plain, lam_optimizer, unroll=unroll, **common)
+            recorder = Recorder(phi, optimizer, steps)
+            carry = partial(recorder.step, problem, lam_hat)
+            yield from alternate(problem, phi, lam_hat, carry, lam_optimizer, unroll=recorder, **common)
         case Forward():
             carry = partial(Tangent(phi, optimizer).step, problem, lam_hat)
             yield from alternate(problem, phi, lam_hat, carry, lam_optimizer, **common)

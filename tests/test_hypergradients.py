@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -27,6 +28,7 @@ from hypertune.hypergradients import (
     Dynamics,
     Implicit,
     ImplicitAdjoint,
+    Recorder,
     T1T2Adjoint,
     Tangent,
     Unrolled,
@@ -139,6 +141,16 @@ def test_t1t2_takes_the_identity_for_the_hessian(exact: Exact):
     assert_close(own, -exact.G[0, 0] * exact.lam.exp() * exact.best)
 
 
+def after_five_steps(exact: Exact, momentum: float, w: torch.Tensor, lam: torch.Tensor) -> float:
+    """L_Valid (plain SGD, written out)."""
+    w, u = w.clone().requires_grad_(), torch.zeros_like(w)
+    for _ in range(5):
+        (g,) = torch.autograd.grad(exact.ridge.train_loss(w, lam).sum(), w)
+        u = momentum * u + g
+        w = (w - 0.1 * u).detach().requires_grad_()
+    return float(exact.ridge.valid_loss(w).detach().sum())
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_unrolled_steps_are_differentiated_exactly(exact: Exact, momentum: float):
     """Five SGD steps from a point that is no optimum, against central differences of the loss after these steps."""
@@ -148,12 +160,7 @@ def test_unrolled_steps_are_differentiated_exactly(exact: Exact, momentum: float
     loss, of_w, of_lam = Unroller(exact.everything, hypernetwork, weights, 5)(exact.problem, start, exact.lam)
 
     def after(w: torch.Tensor, lam: torch.Tensor) -> float:
-        w, u = w.clone().requires_grad_(), torch.zeros_like(w)
-        for _ in range(5):
-            (g,) = torch.autograd.grad(exact.ridge.train_loss(w, lam).sum(), w)
-            u = momentum * u + g
-            w = (w - 0.1 * u).detach().requires_grad_()
-        return float(exact.ridge.valid_loss(w).detach().sum())
+        return after_five_steps(exact, momentum, w, lam)
 
     assert float(loss) == pytest.approx(after(start, exact.lam))
     h = 1e-5 * torch.eye(8, dtype=torch.float64)
@@ -161,6 +168,26 @@ def test_unrolled_steps_are_differentiated_exactly(exact: Exact, momentum: float
     by_w = [(after(start + d, exact.lam) - after(start - d, exact.lam)) / 2e-5 for d in h]
     assert_allclose(of_lam, by_lam, rtol=1e-6, atol=1e-9)
     assert_allclose(of_w[0, 0], by_w, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_recorded_steps_train_the_weights_and_are_differentiated_exactly(exact: Exact, momentum: float):
+    start, lam = torch.zeros(1, 1, 8, dtype=torch.float64), exact.lam.clone()
+    hypernetwork = Constant().build(start[0], lam, Layout(torch.arange(8)))
+    weights = torch.optim.SGD([hypernetwork.w0], lr=0.1, momentum=momentum)
+    recorder = Recorder(hypernetwork, TangentOptimizer(hypernetwork, weights), 5)
+    run = alternate(
+        exact.problem, hypernetwork, lam, lambda: recorder.step(exact.problem, lam), torch.optim.SGD([lam], lr=0.0),
+        unroll=recorder, every=5,
+    )  # fmt: skip
+    *_, last = itertools.islice(run, 5)
+    assert float(last.valid_loss) == pytest.approx(after_five_steps(exact, momentum, start, exact.lam))
+    h = 1e-5 * torch.eye(8, dtype=torch.float64)
+    by_lam = [
+        (after_five_steps(exact, momentum, start, lam + d) - after_five_steps(exact, momentum, start, lam - d)) / 2e-5
+        for d in h
+    ]
+    assert_allclose(lam.grad, by_lam, rtol=1e-6, atol=1e-9)
 
 
 def test_unrolling_long_enough_is_the_exact_hypergradient(exact: Exact):

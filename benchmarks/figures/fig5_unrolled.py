@@ -39,6 +39,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,7 +51,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from benchmarks.figures import linear
 from benchmarks.figures.rows import Row, markdown, pick, row, seeds, spread
 from hypertune.algorithms import PlainOptimizer, Problem, Step, TangentOptimizer, descend_w, joint
-from hypertune.hypergradients import Implicit, ImplicitAdjoint, Unroller, alternate
+from hypertune.hypergradients import Implicit, ImplicitAdjoint, Recorder, alternate
 from hypertune.hypernetworks import Constant, Hypernetwork, LowRank
 from hypertune.hyperprior import SCALES, vertex
 from hypertune.losses import nats_per_unit, squared_error
@@ -202,17 +203,11 @@ def _unrolled(data: linear.Data, unrolled: int, moves: int, seed: int) -> Iterat
     lam_hat = torch.full((linear.D,), START)
     phi = Constant().build(linear.initial_weights(seed), lam_hat, linear.layout())
     weights = torch.optim.SGD([phi.w0], lr=0.1, momentum=0.9)
-    unroll = Unroller(torch.ones(linear.D, dtype=torch.bool), phi, weights, unrolled)
+    recorder = Recorder(phi, TangentOptimizer(phi, weights), unrolled)
     problem, optimizer = _minibatched(data, seed), torch.optim.Adam([lam_hat], lr=0.1)
-
-    def run() -> Iterator[Step]:
-        for number in itertools.count(1):
-            loss, _, lam_hat.grad = unroll(problem, phi.w0[:, None].detach(), lam_hat)
-            optimizer.step()
-            phi.w0.data.copy_(unroll.end[:, 0])
-            yield Step(number, None, loss.mean())
-
-    return _timed(UNROLLED, run(), moves, phi, lam_hat, data)
+    train = partial(recorder.step, problem, lam_hat)
+    run = alternate(problem, phi, lam_hat, train, optimizer, unroll=recorder, every=unrolled)
+    return _timed(UNROLLED, (step for step in run if step.valid_loss is not None), moves, phi, lam_hat, data)
 
 
 def _exact(data: linear.Data, steps: int) -> Iterator[Row]:
