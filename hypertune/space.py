@@ -305,11 +305,6 @@ class Space:
         return {h.name: slice(end - h.size, end) for h, end in zip(self.hyperparameters, ends, strict=True)}
 
     @property
-    def sizes(self) -> Tensor:
-        """For each coordinate of λ the size of its block, shape (n,)."""
-        return self._each(lambda h: h.size)
-
-    @property
     def low(self) -> Tensor:
         """Lower bounds of λ, shape (n,)."""
         return self._each(lambda h: h.low)

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from hypertune.algorithms import Problem, Step, settle
 from hypertune.batches import Batch, Minibatches
+from hypertune.descent import Descent
 from hypertune.estimator import Net
 from hypertune.hypergradients import Description
 from hypertune.hypernetworks import Builder, Layout
@@ -115,36 +116,14 @@ def hyper_train(
             phi_schedules = []
         every = recipe.every(response_optimizer)
         # λ̂ moves once in `every` steps, and as far as if it did in all of them.
-        lam_optimizer = torch.optim.Adam([lam_hat], lr=every * hyper_lr, betas=(0.9, 0.99), eps=hyper_eps)
-        grouped = (
-            []
-            if grain_scale is None
-            else [
-                (block, 1 / (grain_scale**2 * sum(len(fold.valid.x) for fold in folds)))
-                for h, block in zip(space.hyperparameters, space.blocks.values(), strict=True)
-                if h.grain not in (None, "row")
-            ]
-        )
-
-        unit = torch.ones_like(lam_hat[0])  # nats in a unit of the validation loss
-
-        def prepare_slopes(*_: Any) -> None:
-            slope = lam_hat.grad
-            assert slope is not None
-            trace.see_slope(slope)
-            slope.mul_(unit)
-            for block, strength in grouped:  # a Gaussian prior around the mean, against one validation loss per row
-                own = lam_hat.detach()[block]
-                slope[block] += strength * (own - own.mean())
-            for h, block in zip(space.hyperparameters, space.blocks.values(), strict=True):
-                if h.size > 1:  # each of many has a small slope of its own; what matters is that of moving all together
-                    slope[block] *= h.size
-
-        lam_optimizer.register_step_pre_hook(prepare_slopes)
+        descent = Descent(
+            lam_hat, space, lr=every * hyper_lr, eps=hyper_eps, grain_scale=grain_scale,
+            n_valid=sum(len(fold.valid.x) for fold in folds),
+        )  # fmt: skip
         decay = every / max(steps - first, 1) if hyper_lr_schedule == "linear" else 0.0
-        lam_schedule = LambdaLR(lam_optimizer, lambda t: max(0.0, 1 - decay * t))
+        lam_schedule = LambdaLR(descent, lambda t: max(0.0, 1 - decay * t))
         run = stream(
-            recipe, problem, phi, lam_hat, optimizer, lam_optimizer, space,
+            recipe, problem, phi, lam_hat, optimizer, descent, space,
             scale=scale, m=n_samples, warmup=first, every=every, phi_steps=phi_steps, seed=seed,
         )  # fmt: skip
 
@@ -156,7 +135,9 @@ def hyper_train(
                     schedule.step()
                 if step.valid_loss is not None:
                     lam_schedule.step()
-                    unit = nats_per_unit(objective.loss, step.valid_loss, getattr(net, "n_outputs_", 1))
+                    descent.nats_per_unit = nats_per_unit(
+                        objective.loss, step.valid_loss, getattr(net, "n_outputs_", 1)
+                    )
                 trace.see(number, step)
                 stop = number % per_epoch == 0 and end_epoch()
                 if number % recorded == 0 or number == steps or stop:
@@ -314,23 +295,20 @@ class _Trace:
         self._losses: list[Tensor] = []
         self._sum, self._count = torch.zeros_like(lam_hat), 0
         self.slope, self._moves = torch.zeros_like(lam_hat), 0
-        self._averaging = False
 
     def see(self, number: int, step: Step) -> None:
         if step.train_loss is not None:
             self._losses.append(step.train_loss)
-        if number > self.averaged_from:
+        averaging = number > self.averaged_from
+        if averaging:
             self._sum += self.lam_hat.detach()
             self._count += 1
-        self._averaging = number + 1 > self.averaged_from
-
-    def see_slope(self, slope: Tensor) -> None:
-        """A hypergradient: all of them are averaged over the last part of the path; until then it is the last one."""
-        if self._averaging:
-            self._moves += 1
-            self.slope.lerp_(slope, 1 / self._moves)
-        else:
-            self.slope.copy_(slope)
+        if (
+            step.valid_loss is not None
+        ):  # the hypergradient: the last one, or the average over the last part of the path
+            assert self.lam_hat.grad is not None
+            self._moves += averaging
+            self.slope.lerp_(self.lam_hat.grad, 1 / max(self._moves, 1))
 
     def average(self) -> Tensor:
         return self._sum / self._count if self._count else self.lam_hat.detach()

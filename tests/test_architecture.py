@@ -16,6 +16,7 @@ ROOMS = {  # room -> the rooms it may import from
     "batches": set(),
     "hypernetworks": set(),
     "losses": {"modules"},
+    "descent": {"space"},
     "objective": {"batches", "losses", "modules", "randomness"},
     "algorithms": {"hypernetworks", "randomness"},
     "hypergradients": {"algorithms", "hypernetworks"},
@@ -28,6 +29,7 @@ ROOMS = {  # room -> the rooms it may import from
     "training": {
         *(
             "algorithms",
+            "descent",
             "hypergradients",
             "losses",
             "recipes",
