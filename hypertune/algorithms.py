@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from hypertune.hypernetworks import Hypernetwork
 from hypertune.randomness import rng_state, set_rng_state
 
+_MOST = 10.0  # times a weight's step size: the most that its response moves for a feature of one
 _TOGETHER = (
     2**23
 )  # weights of all folds and sampled λ in one pass; of larger models each λ has a pass of its own, 15% slower
@@ -408,7 +409,8 @@ class TangentOptimizer:
     with the features of its own map of the hypernetwork, of which there may be several.
     For the linear hypernetwork and a pair λ̂ ± σε this is α/(|ε|² + 2) · P (g₊ − g₋)/2σ ⊗ ε: on average, and to first order in
     σ, a multiple of P (H V + ∂²L/∂w∂λ), whose root is dw*/dλ. It is stable whenever w₀'s training is and does not depend on
-    the scale of f. Subtracting f̄ cancels the noise that the m samples share.
+    the scale of f. Subtracting f̄ cancels the noise that the m samples share. P G is bounded as Adam's own steps are: a weight
+    whose gradients at λ̂ ± σε happened to cancel would have a P next to infinite, and its response would be thrown far away.
 
     Parameters
     ----------
@@ -438,6 +440,8 @@ class TangentOptimizer:
             centred = features - features.mean(dim=1, keepdim=True) if features.shape[1] > 1 else features
             step = G if self.basis_optimizer is None else G.clone()
             step /= preconditioner(hypernetwork.w0, self.weight_optimizer)[:, None]
+            if "betas" in self.weight_optimizer.param_groups[0]:
+                step.clamp_(-_MOST, _MOST)
             step *= self.weight_optimizer.param_groups[0]["lr"]
             for number, linear in enumerate(hypernetwork.maps):
                 total, each = linear.power(centred)

@@ -110,7 +110,8 @@ class HyperTrainingSearchCV(BaseSearchCV):
         Networks for each fold, with initial weights of their own, that share λ: the mean of their hypergradients is less noisy.
         None means up to 3 for small models, for which they are nearly free.
     hyper_lr : float, default=0.05
-        Step size β of the hyperparameters' Adam, in units of λ.
+        Step size β of the hyperparameters' Adam for each training step, in units of λ. In runs of more than 1,200 steps it is the
+        smaller in proportion: the weights need the longer to respond.
     hyper_lr_schedule : {"linear", "constant"}, default="linear"
         "linear" lets the step size fall to zero at the end.
     hyper_eps : float, default=0.01

@@ -38,6 +38,7 @@ from hypertune.tunable import arrangements, find_reaches
 _VALID_BATCH = 256
 _MOST_INITS = 3
 _INITS_WEIGHTS = 75_000  # of all folds and initial weights together; beyond it another copy costs what it would alone
+_FULL_PACE = 1_200  # training steps: in longer runs λ̂ is the slower, since the weights need the longer to respond
 _RECORDS = 50
 _RECORDED_ROWS = 1_000  # of each fold's validation rows
 _RECORDED_VALUES = 200_000  # of one hyperparameter; of more, a draw of 1,000
@@ -115,9 +116,9 @@ def hyper_train(
         if recipe.newton:  # the weights are not moved by their optimizer
             phi_schedules = []
         every = recipe.every(response_optimizer)
-        # λ̂ moves once in `every` steps, and as far as if it did in all of them.
+        # λ̂ moves once in `every` steps, and as far as if it did in all of them; in a long run no further than in a shorter one.
         descent = Descent(
-            lam_hat, space, lr=every * hyper_lr, eps=hyper_eps, grain_scale=grain_scale,
+            lam_hat, space, lr=every * hyper_lr * min(1.0, _FULL_PACE / steps), eps=hyper_eps, grain_scale=grain_scale,
             n_valid=sum(len(fold.valid.x) for fold in folds),
         )  # fmt: skip
         decay = every / max(steps - first, 1) if hyper_lr_schedule == "linear" else 0.0

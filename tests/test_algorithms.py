@@ -102,6 +102,18 @@ def test_shared_noise_between_the_signs_cancels_in_the_tangent(ridge: Ridge):
     assert_close(hypernetwork.maps[0].V.detach(), torch.zeros(1, 1, 8, dtype=torch.float64))
 
 
+def test_a_weight_whose_gradients_cancel_is_not_thrown_by_adams_preconditioner():
+    """First step: the gradients at λ̂ ± σε are ±1, so that Adam has seen next to none."""
+    lam_hat = torch.zeros(1)
+    hypernetwork = Linear().build(torch.zeros(1, 8), lam_hat, Layout(torch.arange(8)))
+    optimizer = TangentOptimizer(hypernetwork, torch.optim.Adam([hypernetwork.w0], lr=0.1))
+    G = torch.stack([torch.ones(1, 8), 1e-6 - torch.ones(1, 8)], dim=1)
+    optimizer.step(hypernetwork.features(torch.tensor([[0.5], [-0.5]])), G)
+    V = hypernetwork.maps[0].V.detach()
+    assert (V < 0).all()
+    assert (V > -10 * 0.1).all()
+
+
 def _tune(ridge: Ridge, algorithm: str, name: str, steps: int = 3000) -> tuple[Tensor, Hypernetwork]:
     torch.manual_seed(0)
     lam_hat = torch.tensor([-2.0], dtype=torch.float64)

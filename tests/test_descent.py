@@ -1,9 +1,12 @@
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from scipy.stats import loguniform
 from torch.testing import assert_close
 
-from hypertune import per_unit
+from hypertune import MLP, HyperTrainingSearchCV, TorchClassifier, per_unit
 from hypertune.descent import Descent
 from hypertune.space import Space
 
@@ -67,3 +70,21 @@ def test_slopes_are_in_nats():
     descent.nats_per_unit = torch.tensor(1e3)
     descent.step()
     assert lam_hat[0] == pytest.approx(-0.1 / (1 + 1e-2), rel=1e-4)
+
+
+def test_in_a_long_run_the_steps_are_the_smaller(iris, monkeypatch):
+    found = []
+
+    def spy(*args: Any, lr: float, **params: Any) -> Descent:
+        found.append(lr)
+        return Descent(*args, lr=lr, **params)
+
+    monkeypatch.setattr("hypertune.training.Descent", spy)
+    monkeypatch.setattr("hypertune.training._FULL_PACE", 10)
+    for epochs in (1, 20):  # of 5 steps
+        net = TorchClassifier(MLP(hidden=(4,)), batch_size=20, max_epochs=epochs, random_state=0)
+        split = [(np.arange(100), np.arange(100, 150))]
+        HyperTrainingSearchCV(
+            net, {"weight_decay": PRIOR}, cv=split, evaluate="hypernetwork", refit=False, random_state=0
+        ).fit(*iris)
+    assert found == [pytest.approx(2 * 0.05), pytest.approx(2 * 0.05 * 10 / 100)]
