@@ -36,8 +36,10 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from benchmarks.libraries import PEERS, Setting
 from hypertune.algorithms import Problem, TangentOptimizer, descend_w, joint
-from hypertune.hypergradients import Implicit, ImplicitAdjoint, Recorder, Unrolled, alternate
+from hypertune.hypergradients import Implicit, Unrolled, alternate
 from hypertune.hypernetworks import Constant, Layout, Linear
+from hypertune.implicit import ImplicitAdjoint
+from hypertune.unrolled import Recorder
 
 Pair = tuple[Tensor, Tensor]  # the L2 (20,) and the weights (20,) in hand
 Solver = Callable[["Data"], Iterator[Pair]]

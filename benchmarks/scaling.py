@@ -31,8 +31,9 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.cost import RETURNING, _kilobytes
 from hypertune.algorithms import Problem, Step, TangentOptimizer, descend_w, joint
-from hypertune.hypergradients import Implicit, ImplicitAdjoint, alternate
+from hypertune.hypergradients import Implicit, alternate
 from hypertune.hypernetworks import Builder, Constant, Layout, Linear
+from hypertune.implicit import ImplicitAdjoint
 from hypertune.objective import half_squares
 
 SHAPES = {10_000: (35, 80), 100_000: (140, 250), 1_000_000: (440, 800)}  # D: inputs and units of a hidden layer

@@ -24,7 +24,7 @@ from sklearn.base import clone
 from torch import Tensor
 
 from hypertune.batches import Minibatches
-from hypertune.hypergradients import conjugate_gradients
+from hypertune.implicit import conjugate_gradients
 from hypertune.response import Fold
 from hypertune.retraining import retrain
 from hypertune.search import HyperTrainingSearchCV, Setup, _prefix

@@ -12,7 +12,8 @@ name            dw/dλ                                                          
 ==============  ======================================================================  ============================
 
 The first three need L_Train differentiable in λ, so that no dropout rate can be tuned by them. Each is a description that a
-search takes as ``algorithm=``; beside it stands what does the work on a :class:`hypertune.algorithms.Problem`.
+search takes as ``algorithm=``; what does the work on a :class:`hypertune.algorithms.Problem` is in :mod:`hypertune.implicit` and
+:mod:`hypertune.unrolled`, and here what they share.
 
 >>> Implicit(solver="nystrom", iterations=20)
 Implicit(solver='nystrom', iterations=20, horizon=100.0, tolerance=0.0, inner='optimizer', every=4)
@@ -29,15 +30,14 @@ Maclaurin et al. (2015), *Gradient-based hyperparameter optimization through rev
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Callable, Iterator, MutableSequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from hypertune.algorithms import Adjoint, Problem, ResponseOptimizer, Step, Unroll, descend_lam, preconditioner
+from hypertune.algorithms import Adjoint, Problem, Step, Unroll, descend_lam
 from hypertune.hypernetworks import Hypernetwork
 
 # --- descriptions: what algorithm= may be ---------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def alternate(
         yield Step(number, train, valid)
 
 
-class _Linearisation:
+class Linearisation:
     """∇_w L_Train on one minibatch at w (K, 1, D) and λ̂ (n,), and products with its derivatives."""
 
     def __init__(self, problem: Problem, w: Tensor, lam_hat: Tensor):
@@ -222,338 +222,12 @@ class _Linearisation:
         return torch.cat(columns, dim=1)
 
 
-def _step_size(optimizer: torch.optim.Optimizer) -> float:
+def step_size(optimizer: torch.optim.Optimizer) -> float:
+    """The weights' own, α; of a schedule what it began with."""
     group = optimizer.param_groups[0]
-    return float(group.get("initial_lr", group["lr"]))  # of a schedule, which may have ended
+    return float(group.get("initial_lr", group["lr"]))
 
 
-def _pace(optimizer: torch.optim.Optimizer) -> float:
+def pace(optimizer: torch.optim.Optimizer) -> float:
     """How far the weights get in a step, in the long run, with a momentum that is not averaged (SGD's)."""
-    return _step_size(optimizer) / (1 - optimizer.param_groups[0].get("momentum", 0.0))
-
-
-# --- implicit ------------------------------------------------------------------------------------------------------------------
-
-
-class T1T2Adjoint:
-    """−∇_w L_Valid ∂²L_Train/∂w∂λ for some ``coordinates`` (n,), on one training minibatch."""
-
-    def __init__(self, coordinates: Tensor):
-        self.coordinates = coordinates
-
-    def hypergradient(self, problem: Problem, w: Tensor, lam_hat: Tensor, G: Tensor) -> Tensor:
-        """See :class:`hypertune.algorithms.Adjoint`."""
-        return -_Linearisation(problem, w, lam_hat).backward(G[:, 0])[1]
-
-
-class ImplicitAdjoint:
-    """The hypergradient of coordinates that act through the training loss alone, at the cost of one more copy of w.
-
-    By the implicit function theorem ∇_λ L_Valid = −q ∂²L_Train/∂w∂λ at the optimum, with q (K, D) the solution of
-
-        (H + P / (α · horizon)) q = ∇_w L_Valid,
-
-    P and α the preconditioner and the step size of the weights' optimizer. Far from a strongly convex optimum q would grow along
-    flat directions, in which the weights do not get anywhere in the time that they have: hence the second term. Every call
-    starts from the last q. No response is sampled, so that the weight of one training example among thousands is not lost
-    in the noise of the others.
-
-    Parameters
-    ----------
-    description : Implicit
-    coordinates : Tensor of shape (n,)
-        Booleans: whose hypergradient it gives. L_Train must be differentiable in them.
-    hypernetwork : Hypernetwork
-    weight_optimizer : torch.optim.Optimizer
-        Holds ``hypernetwork.w0``.
-    """
-
-    def __init__(
-        self,
-        description: Implicit,
-        coordinates: Tensor,
-        hypernetwork: Hypernetwork,
-        weight_optimizer: torch.optim.Optimizer,
-    ):
-        self.description = description
-        self.coordinates = coordinates
-        self.hypernetwork = hypernetwork
-        self.weight_optimizer = weight_optimizer
-        self.q = torch.zeros_like(hypernetwork.w0.data)
-        self._sharpness = self.q.new_zeros(len(self.q), 1)
-        self._diagonal: Tensor | None = None
-        self._calls = 0
-
-    def hypergradient(self, problem: Problem, w: Tensor, lam_hat: Tensor, G: Tensor) -> Tensor:
-        """−q ∂²L_Train/∂w∂λ (n,), on one training minibatch.
-
-        ``G`` (K, 1, D) is the gradient of the mean over folds of L_Valid at the weights ``w`` (K, 1, D).
-        """
-        at, b = _Linearisation(problem, w, lam_hat), G[:, 0]
-        self._calls += 1
-        P, own = self._preconditioner(at), self.description
-        damping = 1 / (_pace(self.weight_optimizer) * own.horizon)
-
-        def A(v: Tensor) -> Tensor:
-            return at.hessian(v).addcmul_(P, v, value=damping)
-
-        if own.solver == "neumann":
-            for _ in range(own.iterations - 1):
-                self.q = self._richardson(A(self.q), b, self.q, P)
-            H_q, q_mixed = at.backward(
-                self.q
-            )  # the last product and the answer in one: the answer is that of q before it
-            self.q = self._richardson(H_q.addcmul_(P, self.q, value=damping), b, self.q, P)
-            return -q_mixed
-        if own.solver == "cg":
-            self.q = conjugate_gradients(A, b, self.q, P, own.iterations, self._tolerance())
-        else:
-            self.q = nystrom(at.hessian, b, damping * P, own.iterations)
-        return -at.mixed(self.q)
-
-    def newton(self, problem: Problem, lam_hat: Tensor) -> Tensor:
-        """w₀ ← w₀ − H⁻¹ ∇_w L_Train by the same conjugate gradients; L_Train (), mean over folds, before it.
-
-        Raises
-        ------
-        ValueError
-            If no fold's loss is convex along its gradient.
-        """
-        w0 = self.hypernetwork.w0
-        at = _Linearisation(problem, w0[:, None], lam_hat)
-        g, P, own = at.g.detach()[:, 0], self._preconditioner(at), self.description
-        step = conjugate_gradients(at.hessian, g, torch.zeros_like(g), P, own.iterations, self._tolerance())
-        if g.any() and not step.any():
-            raise ValueError(
-                'inner="newton": the training loss curves downwards along its gradient, so a Newton step does not descend. It is for '
-                'convex losses (linear models with a weight decay); use inner="optimizer".'
-            )
-        w0.data.sub_(step)
-        return at.loss
-
-    def _tolerance(self) -> float:
-        return self.description.tolerance * 0.9**self._calls
-
-    def _preconditioner(self, at: _Linearisation) -> Tensor:
-        """The weights' own; where they have none, a running estimate of the size of H's rows (as AdaHessian's)."""
-        if self.weight_optimizer.state.get(self.hypernetwork.w0):
-            return preconditioner(self.hypernetwork.w0, self.weight_optimizer)
-        if self.description.inner == "optimizer":
-            return torch.ones_like(self.q)
-        rows = at.row_sizes().square()
-        self._diagonal = rows if self._diagonal is None else torch.lerp(self._diagonal, rows, 0.1)
-        return self._diagonal.sqrt() + 1e-12
-
-    def _richardson(self, A_q: Tensor, b: Tensor, q: Tensor, P: Tensor) -> Tensor:
-        """q ← q + α P⁻¹ (b − A q): the dynamics of the weights themselves, with α reduced where P⁻¹ A is too sharp for it.
-
-        With the inner learning rate alone the Neumann series diverges along the top eigenvectors.
-        """
-        # ‖P⁻¹ A q‖ / ‖q‖ in the norm of P: a lower bound of the largest eigenvalue, close to it before q could diverge.
-        sharpness = (_dot(A_q / P, A_q) / _dot(P * q, q).clamp(min=1e-30)).sqrt()
-        self._sharpness = torch.maximum(sharpness, 0.99 * self._sharpness)
-        lr = _step_size(self.weight_optimizer)
-        return torch.addcdiv(q, (b - A_q).mul_(lr / (1 + lr * self._sharpness)), P)
-
-
-def _dot(u: Tensor, v: Tensor) -> Tensor:
-    """Of each of K, (K, 1)."""
-    return torch.linalg.vecdot(u, v)[:, None]
-
-
-def conjugate_gradients(
-    A: Callable[[Tensor], Tensor], b: Tensor, q: Tensor, P: Tensor, iterations: int, tolerance: float = 0.0
-) -> Tensor:
-    """A q = b for K positive definite A at once, from q (K, D), preconditioned by the diagonal P (K, D).
-
-    A fold that meets a direction of negative curvature keeps what it has.
-    """
-
-    r = b - A(q) if q.any() else b
-    z = r / P
-    p, rz, enough = z, _dot(r, z), tolerance**2 * _dot(b, b)
-    for _ in range(iterations):
-        A_p = A(p)
-        curvature = _dot(p, A_p)
-        going = (curvature > 0) & (_dot(r, r) > enough)
-        if not going.any():
-            break
-        alpha = torch.where(going, rz / curvature, 0.0)
-        q, r = q + alpha * p, r - alpha * A_p
-        z = r / P
-        before, rz = rz, _dot(r, z)
-        p = z + torch.where(going, rz / before, 0.0) * p
-    return q
-
-
-def nystrom(H: Callable[[Tensor], Tensor], b: Tensor, damping: Tensor, rank: int) -> Tensor:
-    """(H̃ + damping)⁻¹ b with the Nyström approximation H̃ = Y (Ωᵀ Y)⁺ Yᵀ, Y = H Ω for ``rank`` random directions Ω.
-
-    Scaled by the damping's root on both sides, so that what is approximated has the damping 1. All (K, D).
-    """
-    root = damping.sqrt()
-    omega = torch.randn(rank, *b.shape, dtype=b.dtype, device=b.device)
-    Omega = torch.linalg.qr(omega.permute(1, 2, 0))[0]  # (K, D, rank)
-    Y = torch.stack([H(Omega[..., i] / root) / root for i in range(rank)], dim=-1)
-    core = Omega.transpose(1, 2) @ Y
-    core = (core + core.transpose(1, 2)) / 2
-    values, vectors = torch.linalg.eigh(core)
-    kept = torch.where(values > 1e-6 * values.amax(dim=1, keepdim=True), values, torch.inf)  # no negative curvature
-    F = Y @ (vectors * kept.rsqrt()[:, None])  # H̃ = F Fᵀ
-    inner = torch.eye(rank, dtype=b.dtype, device=b.device) + F.transpose(1, 2) @ F
-    c = (b / root)[..., None]
-    solved = c - F @ torch.linalg.solve(inner, F.transpose(1, 2) @ c)  # Woodbury
-    return solved[..., 0] / root
-
-
-# --- unrolled and forward ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Dynamics:
-    """A training step with the preconditioner held: u ← β u + γ g, w ← w − s u.
-
-    Momentum belongs to it: Adam trains where its steps without momentum would diverge (Cohen et al. 2022, *Adaptive gradient methods
-    at the edge of stability*).
-
-    Parameters
-    ----------
-    u : Tensor of shape (K, D)
-        The momentum so far.
-    s : Tensor of shape (K, D)
-        Step size over preconditioner.
-    beta, gamma : float
-    """
-
-    u: Tensor
-    s: Tensor
-    beta: float
-    gamma: float
-
-    @classmethod
-    def of(cls, hypernetwork: Hypernetwork, optimizer: torch.optim.Optimizer, rows: Tensor) -> Dynamics:
-        """Those of w₀ under Adam or SGD, as they are now, with no step beyond the size (K, D) of H's rows.
-
-        Adam divides the gradient of a weight that nothing but its decay moves by next to nothing, and corrects that at its next
-        step, which a held preconditioner does not.
-        """
-        w0, group = hypernetwork.w0, optimizer.param_groups[0]
-        state, s = optimizer.state.get(w0, {}), _step_size(optimizer) / preconditioner(w0, optimizer)
-        s = torch.minimum(s, 1 / rows.clamp(min=1e-12))
-        zero = torch.zeros_like(w0.data)
-        if "betas" in group:
-            beta = group["betas"][0]
-            u = state["exp_avg"] / (1 - beta ** float(state["step"])) if state else zero
-            return cls(u, s, beta, 1 - beta)
-        buffer = state.get("momentum_buffer")
-        return cls(zero if buffer is None else buffer, s, group.get("momentum", 0.0), 1.0)
-
-
-class Unroller:
-    """``steps`` training steps from w with the weights' own momentum, preconditioner and step size, and the gradient back.
-
-    Parameters
-    ----------
-    coordinates : Tensor of shape (n,)
-        Booleans: those in which L_Train is differentiable. The others have no part in the gradient with respect to λ̂.
-    hypernetwork : Hypernetwork
-    weight_optimizer : torch.optim.Optimizer
-        Holds ``hypernetwork.w0``.
-    steps : int
-    """
-
-    def __init__(
-        self, coordinates: Tensor, hypernetwork: Hypernetwork, weight_optimizer: torch.optim.Optimizer, steps: int
-    ):
-        self.coordinates, self.steps = coordinates, steps
-        self.hypernetwork, self.weight_optimizer = hypernetwork, weight_optimizer
-
-    def __call__(self, problem: Problem, w: Tensor, lam_hat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """See :class:`hypertune.algorithms.Unroll`."""
-        trajectory: list[_Linearisation] = []
-        for _ in range(self.steps):
-            at = _Linearisation(problem, w, lam_hat)
-            if not trajectory:
-                step = Dynamics.of(self.hypernetwork, self.weight_optimizer, at.row_sizes())
-                u = step.u[:, None]
-            trajectory.append(at)
-            u = step.beta * u + step.gamma * at.g.detach()
-            w = w - step.s[:, None] * u
-        loss, of_w, of_lam = _back(problem, w, trajectory, step)
-        return loss, of_w, torch.where(self.coordinates, of_lam, 0.0)
-
-
-class Recorder:
-    """Training steps of w₀ that are remembered, and the gradient back through the last ``steps`` of them.
-
-    Parameters
-    ----------
-    hypernetwork : Hypernetwork
-    phi_optimizer : ResponseOptimizer
-    steps : int
-    """
-
-    def __init__(self, hypernetwork: Hypernetwork, phi_optimizer: ResponseOptimizer, steps: int):
-        self.hypernetwork, self.phi_optimizer = hypernetwork, phi_optimizer
-        self._trajectory: deque[_Linearisation] = deque(maxlen=steps)
-
-    def step(self, problem: Problem, lam_hat: Tensor) -> Tensor:
-        """One step; L_Train (), mean over folds, before it."""
-        at = _Linearisation(problem, self.hypernetwork.w0.data[:, None].clone(), lam_hat)
-        self._trajectory.append(at)
-        self.phi_optimizer.step_at_center(at.g.detach()[:, 0])
-        return at.loss
-
-    def __call__(self, problem: Problem, w: Tensor, lam_hat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """See :class:`hypertune.algorithms.Unroll`: the steps are those that led to w."""
-        rows = self._trajectory[0].row_sizes()
-        step = Dynamics.of(self.hypernetwork, self.phi_optimizer.weight_optimizer, rows)
-        return _back(problem, w, self._trajectory, step)
-
-
-def _back(
-    problem: Problem, w: Tensor, trajectory: MutableSequence[_Linearisation], step: Dynamics
-) -> tuple[Tensor, Tensor, Tensor]:
-    """L_Valid (K, 1) at w (K, 1, D), and of its mean over folds the gradients with respect to where the trajectory began and λ̂.
-
-    The trajectory is used up: the graph of each step is let go of as soon as it has been differentiated.
-    """
-    w = w.detach().requires_grad_()
-    loss = problem.valid_loss(w, next(problem.valid_batches))
-    (G,) = torch.autograd.grad(loss.mean(), w)
-    # What L_Valid owes to w and to u after each step, from the last to the first.
-    of_w, of_u, of_lam = G[:, 0], torch.zeros_like(step.u), torch.zeros_like(trajectory[0].lam[0])
-    while trajectory:
-        of_u = of_u - step.s * of_w
-        through_w, through_lam = trajectory.pop().backward(step.gamma * of_u)
-        of_w, of_lam, of_u = of_w + through_w, of_lam + through_lam, step.beta * of_u
-    return loss.detach(), of_w[:, None], of_lam
-
-
-class Tangent:
-    """Forward mode: plain training steps of w₀ at λ̂, and of its tangent V (K, n, D), that of a dense linear hypernetwork.
-
-        U ← β U + γ (H V + ∂²L_Train/∂w∂λ),    V ← V − s U
-
-    The hypergradient is V ∇_w L_Valid, as it is of Algorithm 3.
-
-    Parameters
-    ----------
-    hypernetwork : Hypernetwork
-        Dense and linear.
-    phi_optimizer : ResponseOptimizer
-    """
-
-    def __init__(self, hypernetwork: Hypernetwork, phi_optimizer: ResponseOptimizer):
-        self.hypernetwork, self.phi_optimizer = hypernetwork, phi_optimizer
-        self.U = torch.zeros_like(hypernetwork.maps[0].V.data)
-
-    def step(self, problem: Problem, lam_hat: Tensor) -> Tensor:
-        """One step of both; L_Train (), mean over folds, before it."""
-        V, at = self.hypernetwork.maps[0].V, _Linearisation(problem, self.hypernetwork.w0[:, None], lam_hat)
-        change, rows = at.forward(V.data), at.row_sizes()
-        self.phi_optimizer.step_at_center(at.g.detach()[:, 0])
-        step = Dynamics.of(self.hypernetwork, self.phi_optimizer.weight_optimizer, rows)
-        self.U = step.beta * self.U + step.gamma * change
-        V.data.sub_(step.s[:, None] * self.U)
-        return at.loss
+    return step_size(optimizer) / (1 - optimizer.param_groups[0].get("momentum", 0.0))

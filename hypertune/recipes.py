@@ -31,23 +31,11 @@ from hypertune.algorithms import (
     simplified,
 )
 from hypertune.estimator import Net
-from hypertune.hypergradients import (
-    DESCRIPTIONS,
-    T1T2,
-    Description,
-    Forward,
-    Hybrid,
-    Implicit,
-    ImplicitAdjoint,
-    Recorder,
-    T1T2Adjoint,
-    Tangent,
-    Unrolled,
-    Unroller,
-    alternate,
-)
+from hypertune.hypergradients import DESCRIPTIONS, T1T2, Description, Forward, Hybrid, Implicit, Unrolled, alternate
 from hypertune.hypernetworks import Builder, Constant, Hypernetwork, Linear
+from hypertune.implicit import ImplicitAdjoint, T1T2Adjoint
 from hypertune.space import Space
+from hypertune.unrolled import Recorder, Tangent, Unroller
 
 PAPER = ("joint", "global", "simplified")
 NAMES = ("auto", *PAPER, *DESCRIPTIONS)

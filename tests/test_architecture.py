@@ -20,12 +20,14 @@ ROOMS = {  # room -> the rooms it may import from
     "objective": {"batches", "losses", "modules", "randomness"},
     "algorithms": {"hypernetworks", "randomness"},
     "hypergradients": {"algorithms", "hypernetworks"},
+    "implicit": {"algorithms", "hypergradients", "hypernetworks"},
+    "unrolled": {"algorithms", "hypergradients", "hypernetworks"},
     "estimator": {"batches", "callbacks", "factory", "losses", "modules", "objective", "randomness"},
     "skorch": {"batches", "estimator", "losses", "modules", "objective", "randomness"},
     "response": {"algorithms", "batches", "estimator", "hypernetworks", "objective", "randomness", "space"},
     "tunable": {"estimator", "modules", "objective", "randomness", "space"},
     "hyperprior": {"response"},
-    "recipes": {"algorithms", "estimator", "hypergradients", "hypernetworks", "space"},
+    "recipes": {"algorithms", "estimator", "hypergradients", "hypernetworks", "implicit", "space", "unrolled"},
     "training": {
         *(
             "algorithms",
@@ -60,7 +62,7 @@ ROOMS = {  # room -> the rooms it may import from
         "training",
         "tunable",
     },
-    "checks": {"batches", "hypergradients", "response", "retraining", "search", "training"},
+    "checks": {"batches", "implicit", "response", "retraining", "search", "training"},
 }
 PACKAGE = Path(hypertune.__file__).parent
 
@@ -82,7 +84,8 @@ def test_imports_go_only_leftwards():
 
 
 def test_the_mathematics_knows_no_scikit_learn():
-    for room in ("space", "modules", "losses", "batches", "hypernetworks", "objective", "algorithms", "hypergradients"):
+    torch_only = {"space", "modules", "losses", "batches", "hypernetworks", "objective", "algorithms", "descent"}
+    for room in torch_only | {"hypergradients", "implicit", "unrolled"}:
         assert not [name for name in _imports(PACKAGE / f"{room}.py") if name.startswith(("sklearn", "joblib"))], room
 
 

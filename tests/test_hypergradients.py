@@ -24,20 +24,10 @@ from hypertune import (
     per_weight,
 )
 from hypertune.algorithms import PlainOptimizer, TangentOptimizer, joint
-from hypertune.hypergradients import (
-    Dynamics,
-    Implicit,
-    ImplicitAdjoint,
-    Recorder,
-    T1T2Adjoint,
-    Tangent,
-    Unrolled,
-    Unroller,
-    alternate,
-    conjugate_gradients,
-    nystrom,
-)
+from hypertune.hypergradients import Implicit, Unrolled, alternate
 from hypertune.hypernetworks import Constant, Layout, Linear
+from hypertune.implicit import ImplicitAdjoint, T1T2Adjoint, conjugate_gradients, nystrom
+from hypertune.unrolled import Dynamics, Recorder, Tangent, Unroller
 from tests.ridge import Ridge
 
 INF = float("inf")
