@@ -6,7 +6,7 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from benchmarks.arena import fight
+from benchmarks.arena import fight, redraw
 from benchmarks.comparison import compare
 from benchmarks.cost import measure_cost
 from benchmarks.figures import FIGURES, runner
@@ -59,7 +59,9 @@ def main(argv: list[str] | None = None) -> None:
     elif arguments.name in FIGURES:
         runner.run(arguments.name, arguments.budget, arguments.seeds, arguments.mnist, arguments.out, arguments.jobs)
     elif arguments.name == "report":
-        print(f"Drawn: {', '.join(runner.redraw(_HERE / 'results', _HERE.parent / 'docs'))}")
+        results, docs = _HERE / "results", _HERE.parent / "docs"
+        redraw(results, docs)
+        print(f"Drawn: arena, {', '.join(runner.redraw(results, docs))}")
     elif arguments.name == "arena":
         fight(
             arguments.problems,

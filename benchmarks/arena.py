@@ -70,6 +70,13 @@ def fight(
     return rows
 
 
+def redraw(results: Path, docs: Path) -> None:
+    """``docs/arena.png`` from the committed rows, and their summary, without rerunning anything."""
+    rows = json.loads((results / "arena.json").read_text())["rows"]
+    print(summary(rows))
+    report.multiples(rows, docs / "arena.png")
+
+
 def _cell(
     name: str, seed: int, names: Sequence[str], directory: str | None, patience: float, ours: dict[str, Any] | None
 ) -> list[dict[str, Any]]:
@@ -80,6 +87,8 @@ def _cell(
         if solver not in ("defaults", OURS):
             limits = {"seconds": ours["seconds"], "target": ours["cv_loss"], "patience": patience}  # type: ignore[index]
         found = asdict(solvers.run(solver, problem, **limits))
+        del found["path"], found["params"]  # long; a cell gives the same ones when it is run again
+        found["curve"] = [(round(second, 2), round(loss, 5)) for second, loss in found["curve"]]
         rows.append({"problem": name, "seed": seed, **found, "n": problem.coordinates.n, "patience": patience})
         if solver == OURS:
             ours = rows[-1]

@@ -125,7 +125,7 @@ def multiples(rows: Sequence[dict[str, Any]], path: Path) -> None:
             color = _COLORS.get(row["solver"], f"C{solvers.index(row['solver']) % 10}")
             if row["solver"] == "defaults":
                 axis.axhline(row["cv_loss"], color=color, lw=1, ls=":")
-            elif row["path"]:
+            elif row["solver"] == "hypertune":
                 axis.plot(row["seconds"], row["cv_loss"], "*", color=color, ms=9)
             else:
                 seconds, losses = zip(*((s, loss) for s, loss in row["curve"] if np.isfinite(loss)), strict=True)

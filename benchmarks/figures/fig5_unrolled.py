@@ -209,7 +209,7 @@ def _unrolled(data: linear.Data, unrolled: int, moves: int, seed: int) -> Iterat
     problem, optimizer = _minibatched(data, seed), torch.optim.Adam([lam_hat], lr=0.1)
     train = partial(recorder.step, problem, lam_hat)
     run = alternate(problem, phi, lam_hat, train, optimizer, unroll=recorder, every=unrolled)
-    return _timed(UNROLLED, (step for step in run if step.valid_loss is not None), moves, phi, lam_hat, data)
+    return _timed(UNROLLED, run, unrolled * moves, phi, lam_hat, data)
 
 
 def _exact(data: linear.Data, steps: int) -> Iterator[Row]:
