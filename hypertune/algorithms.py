@@ -439,10 +439,10 @@ class TangentOptimizer:
         with torch.no_grad():
             centred = features - features.mean(dim=1, keepdim=True) if features.shape[1] > 1 else features
             step = G if self.basis_optimizer is None else G.clone()
-            step /= preconditioner(hypernetwork.w0, self.weight_optimizer)[:, None]
+            lr = self.weight_optimizer.param_groups[0]["lr"]
+            step /= preconditioner(hypernetwork.w0, self.weight_optimizer).div_(lr)[:, None]
             if "betas" in self.weight_optimizer.param_groups[0]:
-                step.clamp_(-_MOST, _MOST)
-            step *= self.weight_optimizer.param_groups[0]["lr"]
+                step.clamp_(-_MOST * lr, _MOST * lr)
             for number, linear in enumerate(hypernetwork.maps):
                 total, each = linear.power(centred)
                 average = self._powers.get(number, each)
