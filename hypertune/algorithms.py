@@ -24,9 +24,7 @@ from hypertune.hypernetworks import Hypernetwork
 from hypertune.randomness import rng_state, set_rng_state
 
 _MOST = 10.0  # times a weight's step size: the most that its response moves for a feature of one
-_TOGETHER = (
-    2**23
-)  # weights of all folds and sampled λ in one pass; of larger models each λ has a pass of its own, 15% slower
+_TOGETHER = 2**23  # weights of all folds and sampled λ in one pass; beyond it each λ has its own, which is slower
 
 
 @dataclass(frozen=True)

@@ -186,7 +186,8 @@ class Linearisation:
 
     def __init__(self, problem: Problem, w: Tensor, lam_hat: Tensor):
         self.w, self.lam = w.detach().requires_grad_(), lam_hat.detach()[None].requires_grad_()
-        loss = problem.train_loss(self.w, self.lam, next(problem.train_batches))
+        self.x = next(problem.train_batches)
+        loss = problem.train_loss(self.w, self.lam, self.x)
         (self.g,) = torch.autograd.grad(loss.sum(), self.w, create_graph=True)
         self.loss = loss.detach().mean()
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hypertune.algorithms import Problem, preconditioner
+from hypertune.algorithms import Problem, preconditioner, settle
 from hypertune.hypergradients import Implicit, Linearisation, pace, step_size
 from hypertune.hypernetworks import Hypernetwork
 
@@ -101,6 +101,7 @@ class ImplicitAdjoint:
         """
         w0 = self.hypernetwork.w0
         at = Linearisation(problem, w0[:, None], lam_hat)
+        settle(problem, self.hypernetwork, lam_hat, at.x)
         g, P, own = at.g.detach()[:, 0], self._preconditioner(at), self.description
         step = conjugate_gradients(at.hessian, g, torch.zeros_like(g), P, own.iterations, self._tolerance())
         if g.any() and not step.any():

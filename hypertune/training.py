@@ -304,9 +304,7 @@ class _Trace:
         if averaging:
             self._sum += self.lam_hat.detach()
             self._count += 1
-        if (
-            step.valid_loss is not None
-        ):  # the hypergradient: the last one, or the average over the last part of the path
+        if step.valid_loss is not None:  # the last hypergradient, or the average over the last part of the path
             assert self.lam_hat.grad is not None
             self._moves += averaging
             self.slope.lerp_(self.lam_hat.grad, 1 / max(self._moves, 1))

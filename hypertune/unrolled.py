@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hypertune.algorithms import Problem, ResponseOptimizer, preconditioner
+from hypertune.algorithms import Problem, ResponseOptimizer, preconditioner, settle
 from hypertune.hypergradients import Linearisation, step_size
 from hypertune.hypernetworks import Hypernetwork
 
@@ -109,6 +109,7 @@ class Recorder:
         """One step; L_Train (), mean over folds, before it."""
         at = Linearisation(problem, self.hypernetwork.w0.data[:, None].clone(), lam_hat)
         self._trajectory.append(at)
+        settle(problem, self.hypernetwork, lam_hat, at.x)
         self.phi_optimizer.step_at_center(at.g.detach()[:, 0])
         return at.loss
 
@@ -160,6 +161,7 @@ class Tangent:
         """One step of both; L_Train (), mean over folds, before it."""
         V, at = self.hypernetwork.maps[0].V, Linearisation(problem, self.hypernetwork.w0[:, None], lam_hat)
         change, rows = at.forward(V.data), at.row_sizes()
+        settle(problem, self.hypernetwork, lam_hat, at.x)
         self.phi_optimizer.step_at_center(at.g.detach()[:, 0])
         step = Dynamics.of(self.hypernetwork, self.phi_optimizer.weight_optimizer, rows)
         self.U = step.beta * self.U + step.gamma * change

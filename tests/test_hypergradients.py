@@ -180,6 +180,29 @@ def test_recorded_steps_train_the_weights_and_are_differentiated_exactly(exact: 
     assert_allclose(lam.grad, by_lam, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("kind", ["recorded", "forward", "newton"])
+def test_every_training_step_shows_its_minibatch_to_the_weights_at_lam_hat(exact: Exact, kind: str):
+    """Running statistics are settled by them, as they are by plain steps."""
+    seen: list[torch.Tensor] = []
+    problem = replace(exact.problem, settle=lambda w, lam, x: seen.append(w.clone()))
+    hypernetwork = (Linear() if kind == "forward" else Constant()).build(
+        torch.zeros(1, 8, dtype=torch.float64), exact.lam, Layout(torch.arange(8))
+    )
+    weights = torch.optim.SGD([hypernetwork.w0], lr=0.1)
+    phi = TangentOptimizer(hypernetwork, weights)
+    adjoint = ImplicitAdjoint(Implicit("cg", 9, INF, inner="newton"), exact.everything, hypernetwork, weights)
+    step = {
+        "recorded": Recorder(hypernetwork, phi, 5).step,
+        "forward": Tangent(hypernetwork, phi).step if kind == "forward" else None,
+        "newton": adjoint.newton,
+    }[kind]
+    for _ in range(2):
+        step(problem, exact.lam)
+    assert len(seen) == 2
+    assert_close(seen[0], torch.zeros(1, 1, 8, dtype=torch.float64))
+    assert not torch.equal(seen[0], seen[1])
+
+
 def test_unrolling_long_enough_is_the_exact_hypergradient(exact: Exact):
     weights = torch.optim.SGD([exact.hypernetwork.w0], lr=0.3)
     _, _, own = Unroller(exact.everything, exact.hypernetwork, weights, 400)(exact.problem, exact.w.detach(), exact.lam)
