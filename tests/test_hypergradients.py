@@ -131,26 +131,30 @@ def test_t1t2_takes_the_identity_for_the_hessian(exact: Exact):
     assert_close(own, -exact.G[0, 0] * exact.lam.exp() * exact.best)
 
 
-def after_five_steps(exact: Exact, momentum: float, w: torch.Tensor, lam: torch.Tensor) -> float:
-    """L_Valid (plain SGD, written out)."""
+def after_five_steps(
+    exact: Exact, momentum: float, w: torch.Tensor, lam: torch.Tensor, averaged: bool = False
+) -> float:
+    """L_Valid (plain SGD, written out; Adam averages its momentum)."""
     w, u = w.clone().requires_grad_(), torch.zeros_like(w)
     for _ in range(5):
         (g,) = torch.autograd.grad(exact.ridge.train_loss(w, lam).sum(), w)
-        u = momentum * u + g
+        u = momentum * u + (1 - momentum if averaged else 1) * g
         w = (w - 0.1 * u).detach().requires_grad_()
     return float(exact.ridge.valid_loss(w).detach().sum())
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_unrolled_steps_are_differentiated_exactly(exact: Exact, momentum: float):
+@pytest.mark.parametrize(("momentum", "adam"), [(0.0, False), (0.9, False), (0.9, True)])
+def test_unrolled_steps_are_differentiated_exactly(exact: Exact, momentum: float, adam: bool):
     """Five SGD steps from a point that is no optimum, against central differences of the loss after these steps."""
     start = torch.zeros(1, 1, 8, dtype=torch.float64)
     hypernetwork = Constant().build(start[0], exact.lam, Layout(torch.arange(8)))
-    weights = torch.optim.SGD([hypernetwork.w0], lr=0.1, momentum=momentum)
+    weights: torch.optim.Optimizer = torch.optim.SGD([hypernetwork.w0], lr=0.1, momentum=momentum)
+    if adam:  # before its first step it has no preconditioner
+        weights = torch.optim.Adam([hypernetwork.w0], lr=0.1)
     loss, of_w, of_lam = Unroller(exact.everything, hypernetwork, weights, 5)(exact.problem, start, exact.lam)
 
     def after(w: torch.Tensor, lam: torch.Tensor) -> float:
-        return after_five_steps(exact, momentum, w, lam)
+        return after_five_steps(exact, momentum, w, lam, averaged=adam)
 
     assert float(loss) == pytest.approx(after(start, exact.lam))
     h = 1e-5 * torch.eye(8, dtype=torch.float64)

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from hypertune.batches import Batch, Minibatches, Rows
 from hypertune.losses import CustomLoss, cross_entropy, one_hot_squared_error, squared_error
 from hypertune.modules import find_reach
-from hypertune.objective import Objective
+from hypertune.objective import Objective, _HalfSquares, half_squares
 
 
 def _net(dropout: float = 0.0) -> nn.Module:
@@ -193,3 +193,19 @@ def test_minibatches_show_every_row_equally_often_and_are_reproducible():
 def test_row_weights_have_mean_one_in_every_fold():
     fold = Rows(torch.arange(4.0), torch.arange(4), torch.tensor([1.0, 1.0, 2.0, 4.0]))
     assert_close(next(Minibatches([fold], 4, seed=0)).weight.mean(), torch.tensor(1.0))
+
+
+def test_penalties_have_the_derivatives_of_what_they_compute():
+    """First and second, in the weights and in strengths that broadcast to them."""
+    generator = torch.Generator().manual_seed(0)
+    w, v = (torch.randn(2, *shape, generator=generator, dtype=torch.float64) for shape in ((3, 4), (5,)))
+    w.requires_grad_()
+    v.requires_grad_()
+    assert torch.autograd.gradcheck(_HalfSquares.apply, (w, v))
+    assert torch.autograd.gradgradcheck(_HalfSquares.apply, (w, v))
+    torch.testing.assert_close(_HalfSquares.apply(w, v), 0.5 * (w.square().sum((1, 2)) + v.square().sum(1)))
+    for shape in ((3, 4), (3, 1), (1, 4), (1, 1)):
+        s = torch.rand(2, *shape, generator=generator, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(half_squares, (s, w))
+        assert torch.autograd.gradgradcheck(half_squares, (s, w))
+        torch.testing.assert_close(half_squares(s, w), 0.5 * (s * w.square()).sum((1, 2)))
