@@ -25,6 +25,8 @@ from torch import Tensor
 
 from hypertune.batches import Minibatches
 from hypertune.implicit import conjugate_gradients
+from hypertune.objective import flat_weights
+from hypertune.randomness import isolated
 from hypertune.response import Fold
 from hypertune.retraining import retrain
 from hypertune.search import HyperTrainingSearchCV, Setup, _prefix
@@ -136,8 +138,9 @@ def _exact_of_fold(setup: Setup, k: int, fold: Fold) -> Tensor:
     everything = Minibatches([fold.train], len(fold.train.x), seed=0)
     batch = next(everything)
     train_loss = make_train_loss(setup.space, setup.prefix, setup.objective, fold.net, everything)
-    lam = setup.current.to(setup.w0)[None].requires_grad_()
-    w = setup.w0[k : k + 1].clone()
+    with isolated(setup.seed, fold.net.device):
+        w = flat_weights(fold.net._build_module())[None]
+    lam = setup.current.to(w)[None].requires_grad_()
 
     def gradient(w: Tensor) -> Tensor:
         loss = train_loss(w[:, None], lam, batch).sum()

@@ -164,6 +164,12 @@ class Objective:
         """The module's own parameters as one vector, shape (D,)."""
         return flat_weights(self._modules[True])
 
+    def forget_weights(self) -> None:
+        """Make those parameters zeros that take no memory: for a caller who has weights of its own."""
+        for p in self._modules[True].parameters():
+            if p.requires_grad:
+                p.data = p.new_zeros(()).expand(p.shape)
+
     def named(self, w: Tensor) -> dict[str, Tensor]:
         """Weights (..., D) → views by parameter name, each (..., *shape)."""
         lead = w.shape[:-1]

@@ -54,7 +54,7 @@ class Fold:
 
     def without_training_rows(self) -> Fold:
         """What a trained response needs of the fold: a search that is kept or pickled holds no copy of its training data."""
-        nothing = Rows(self.train.x[:0], self.train.y[:0])
+        nothing = Rows(self.train.x[:0].clone(), self.train.y[:0].clone())  # an empty view would keep all rows
         return replace(self, train=nothing, key=fingerprint(*self.train[:3]))
 
 

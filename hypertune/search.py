@@ -47,13 +47,12 @@ from hypertune.tunable import check_names, with_rows
 
 
 class Setup(NamedTuple):
-    """What a search trains: all folds in one objective, with initial weights w0 (K, D) and the estimator's own λ (n,)."""
+    """What a search trains: all folds in one objective, and the estimator's own λ (n,)."""
 
     space: Space
     prefix: str
     folds: list[Fold]
     objective: Objective
-    w0: Tensor
     current: Tensor
     seed: int
 
@@ -376,7 +375,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
 
     def _propose_candidates(self) -> list[dict[str, Any]]:
         """Hyper-train, and return the settings to verify. A subclass may put any other proposal in its place."""
-        space, prefix, folds, objective, _, current, _ = setup = self._set_up()
+        space, prefix, folds, objective, current, _ = setup = self._set_up()
         start = None
         if self._may_retrain_together() and self.start == "screened" and self.algorithm != "global":
             start = screen(space, prefix, folds, objective, current)
@@ -407,10 +406,10 @@ class HyperTrainingSearchCV(BaseSearchCV):
         self._check_space(space)
         check_names(net, space, prefix)
         seed, folds = draw_seed(self.random_state), self._folds()
-        space, objective, w0 = stack(space, prefix, folds, _num_samples(self._inputs[0]), seed)
+        space, objective = stack(space, prefix, folds, _num_samples(self._inputs[0]), seed)
         settings = self._settings()
         current = space.encode({name: settings[name] for name in space.names})  # moved into the declared bounds
-        return Setup(space, prefix, folds, objective, w0, current, seed)
+        return Setup(space, prefix, folds, objective, current, seed)
 
     def _epochs(self) -> int:
         return int(_net(self.estimator).max_epochs if self.max_epochs is None else self.max_epochs)
@@ -422,7 +421,6 @@ class HyperTrainingSearchCV(BaseSearchCV):
             setup.space,
             setup.prefix,
             objective=setup.objective,
-            w0=setup.w0,
             start=_out_of_corners(setup.space, start),
             algorithm=self.algorithm,
             hypernetwork=HYPERNETWORKS[self.hypernetwork] if isinstance(self.hypernetwork, str) else self.hypernetwork,

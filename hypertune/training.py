@@ -3,8 +3,8 @@
 Rows and minibatches, the stacked objective, a hypernetwork, one of the algorithms and their optimizers. This room owns the
 loop, the clock and the trace; the mathematics is in :mod:`hypertune.algorithms`.
 
-    space, objective, w0 = stack(space, prefix, folds, n_rows, seed)
-    response, history = hyper_train(space, prefix, folds, objective, w0, start, algorithm="joint", ...)
+    space, objective = stack(space, prefix, folds, n_rows, seed)
+    response, history = hyper_train(space, prefix, folds, objective, start, algorithm="joint", ...)
 """
 
 from __future__ import annotations
@@ -51,7 +51,6 @@ def hyper_train(
     prefix: str,
     folds: list[Fold],
     objective: Objective,
-    w0: Tensor,
     start: Tensor,
     *,
     algorithm: str | Description,
@@ -73,7 +72,7 @@ def hyper_train(
 ) -> tuple[BestResponse, dict[str, Any]]:
     """Run one of the algorithms; the parameters are those of ``HyperTrainingSearchCV``.
 
-    ``space``, ``objective`` and ``w0`` are what :func:`stack` returns, and λ̂ starts at ``start`` (n,).
+    ``space`` and ``objective`` are what :func:`stack` returns, and λ̂ starts at ``start`` (n,).
     ``end_epoch`` is called after every pass through the training rows, and ends the run by answering True.
 
     Returns
@@ -93,19 +92,19 @@ def hyper_train(
     net, K = folds[0].net, len(folds)
     recipe = choose(algorithm, space, _differentiable(space, prefix))
     with isolated(seed, net.device):
-        lam_hat = start.to(w0)
         if n_inits is None:
             several = objective.stacked and not recipe.implicit.any()
-            n_inits = min(_MOST_INITS, _INITS_WEIGHTS // w0.numel()) if several else 1
+            n_inits = min(_MOST_INITS, _INITS_WEIGHTS // (K * objective.D)) if several else 1
         models = folds * max(n_inits, 1)
-        if more := [flat_weights(fold.net._build_module()) for fold in models[K:]]:
-            w0 = torch.cat([w0, torch.stack(more)])
+        w0 = torch.stack([flat_weights(fold.net._build_module()) for fold in models])
+        lam_hat = start.to(w0)
         train_batches = Minibatches([fold.train for fold in models], net.batch_size, seed=seed)
         problem = _problem(space, prefix, objective, models, train_batches, seed, w0)
         center = lam_hat.clone() if recipe.name in ("global", "simplified") else lam_hat
         if recipe.name == "simplified":  # with V = 0 at a distance from λ̂, larger λ begins by meaning: closer to w₀
             center = torch.minimum(center + _SIMPLIFIED_OFFSET, problem.high)
         phi = recipe.builder(hypernetwork).build(w0, center, _layout(space, prefix, net, objective, folds[0].train.x))
+        del w0  # large models have no memory for two
         response = BestResponse(space, prefix, {}, phi, objective, folds)
 
         per_epoch = train_batches.steps_per_epoch
@@ -159,8 +158,8 @@ def hyper_train(
     return response, {"algorithm": f"{recipe.name}: {recipe.reason}", **trace.arrays()}
 
 
-def stack(space: Space, prefix: str, folds: list[Fold], n_rows: int, seed: int) -> tuple[Space, Objective, Tensor]:
-    """All folds in one objective. Refuses what cannot be trained.
+def stack(space: Space, prefix: str, folds: list[Fold], n_rows: int, seed: int) -> tuple[Space, Objective]:
+    """All folds in one objective, which has no weights of its own. Refuses what cannot be trained.
 
     ``n_rows`` is the length of the whole data, for hyperparameters of single rows.
 
@@ -169,8 +168,6 @@ def stack(space: Space, prefix: str, folds: list[Fold], n_rows: int, seed: int) 
     space : Space
         With the arrangement of every hyperparameter that has a grain.
     objective : Objective
-    w0 : Tensor of shape (K, D)
-        Initial weights.
 
     Raises
     ------
@@ -180,18 +177,13 @@ def stack(space: Space, prefix: str, folds: list[Fold], n_rows: int, seed: int) 
     net = folds[0].net
     with isolated(seed, net.device):
         reaches = find_reaches(net, space, prefix)
-        first = folds[0].net._build_module()
-        w0 = torch.stack([flat_weights(first), *(flat_weights(fold.net._build_module()) for fold in folds[1:])])
-        objective = net._make_objective(first, reach=reaches, folds=len(folds))
-        views = objective.named(w0[0])
+        objective = net._make_objective(net._build_module(), reach=reaches, folds=len(folds))
         x = folds[0].valid.x[:2]
         net._check_outputs(objective, x)
-        for name, parameter in first.named_parameters():  # the module is w0's first row: one copy of it in memory
-            if parameter.requires_grad:
-                parameter.data = views[name]
         settings = net.get_params()
         objective.try_stacking(x, {own: settings[own] for own in reaches})
-    return space.resolve(arrangements(net, objective, space, prefix, x, n_rows)), objective, w0
+    objective.forget_weights()
+    return space.resolve(arrangements(net, objective, space, prefix, x, n_rows)), objective
 
 
 def _layout(space: Space, prefix: str, net: Net, objective: Objective, x: Tensor) -> Layout:

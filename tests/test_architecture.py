@@ -62,7 +62,7 @@ ROOMS = {  # room -> the rooms it may import from
         "training",
         "tunable",
     },
-    "checks": {"batches", "implicit", "response", "retraining", "search", "training"},
+    "checks": {"batches", "implicit", "objective", "randomness", "response", "retraining", "search", "training"},
 }
 PACKAGE = Path(hypertune.__file__).parent
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from hypertune import MLP, HyperTrainingSearchCV, TorchClassifier, per_unit
 from hypertune.batches import Rows
+from hypertune.hypernetworks import Linear
 from hypertune.losses import cross_entropy
 from hypertune.objective import Objective
 from hypertune.response import Fold, full_losses
@@ -89,7 +90,7 @@ def test_a_diverging_candidate_is_left_to_its_own_fit(iris):
     net = clone(NET).set_params(optimizer="sgd", lr=0.1)
     rows = net._encode(X, y)
     space = Space.from_distributions({"weight_decay": loguniform(1e-6, 1e30)})
-    space, objective, _ = stack(space, "", [Fold(net, None, rows, rows)], len(X), 0)
+    space, objective = stack(space, "", [Fold(net, None, rows, rows)], len(X), 0)
     lam = torch.stack([space.encode({"weight_decay": strength}) for strength in (1e-3, 1e20)])
     known = retrain(space, "", [Fold(net, None, rows, rows)], objective, lam)
     good, bad, other = (clone(net).set_params(weight_decay=strength) for strength in (1e-3, 1e20, 1e-2))
@@ -124,7 +125,7 @@ def test_the_start_is_between_the_screened_settings_where_a_parabola_through_the
     net, space = clone(NET), Space.from_distributions({"weight_decay": loguniform(1e-6, 1e1)})
     rows = net._encode(X, y)
     folds = [Fold(net, None, rows, rows)]
-    space, objective, _ = stack(space, "", folds, len(X), 0)
+    space, objective = stack(space, "", folds, len(X), 0)
     current = space.encode({"weight_decay": 1e-6})
 
     def losses(self, folds):
@@ -155,6 +156,21 @@ def test_lam_hat_is_shared_by_several_initial_weights_and_one_per_fold_remains(i
     assert len(response.hypernetwork.w0) == 3
     assert response.validation_curve("module__dropout", [0.1, 0.2]).shape == (2, 3)
     assert response.validation_loss() == pytest.approx(two.history_["validation_loss"][-1], rel=0.05)
+
+
+class Noted(Linear):
+    """The tangent, and what it was built around."""
+
+    def build(self, w0, center, layout):
+        type(self).w0 = w0.clone()
+        return super().build(w0, center, layout)
+
+
+def test_no_two_of_the_initial_weights_are_the_same(iris):
+    space = {"weight_decay": loguniform(1e-6, 1.0)}
+    search(space=space, hypernetwork=Noted(), n_inits=3, evaluate="hypernetwork").fit(*iris)
+    assert len(Noted.w0) == 9
+    assert len(Noted.w0.unique(dim=0)) == 9
 
 
 def test_folds_that_lack_a_class_are_fitted_alone(iris, used):

@@ -361,6 +361,15 @@ def test_it_goes_where_a_grid_search_goes(iris):
     assert travelled.best_response_.validation_loss() == over.best_response_.validation_loss()
 
 
+def test_what_a_search_leaves_holds_no_training_rows_and_no_weights_but_the_response(iris):
+    net = clone(NET).set_params(module=MLP(hidden=(128, 128)), max_epochs=1)
+    response = search(estimator=net, evaluate="hypernetwork").fit(*iris).best_response_
+    model = 4 * response.objective.D  # bytes
+    assert all(len(pickle.dumps(fold.train)) < 1_500 for fold in response.folds)
+    assert len(pickle.dumps(response.objective)) < model / 2
+    assert len(pickle.dumps(response)) < 3 * (1 + len(SPACE)) * model + model
+
+
 def test_a_lambda_factory_reaches_worker_processes_and_travels_by_cloudpickle(iris):
     X, y = iris
     net = TorchClassifier(lambda n, m: nn.Linear(n, m), max_epochs=2, random_state=0)
