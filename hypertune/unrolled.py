@@ -6,7 +6,7 @@ The descriptions are in :mod:`hypertune.hypergradients`, with the references.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import MutableSequence
+from collections.abc import Callable, MutableSequence
 from dataclasses import dataclass
 
 import torch
@@ -39,15 +39,17 @@ class Dynamics:
     gamma: float
 
     @classmethod
-    def of(cls, hypernetwork: Hypernetwork, optimizer: torch.optim.Optimizer, rows: Tensor) -> Dynamics:
-        """Those of w₀ under Adam or SGD, as they are now, with no step beyond the size (K, D) of H's rows.
+    def of(cls, hypernetwork: Hypernetwork, optimizer: torch.optim.Optimizer, rows: Callable[[], Tensor]) -> Dynamics:
+        """Those of w₀ under Adam or SGD, as they are now.
 
         Adam divides the gradient of a weight that nothing but its decay moves by next to nothing, and corrects that at its next
-        step, which a held preconditioner does not.
+        step, which a held preconditioner does not. So no step of Adam's is beyond one over the size of H's ``rows`` () → (K, D);
+        those of SGD, which has no preconditioner, are what they are.
         """
         w0, group = hypernetwork.w0, optimizer.param_groups[0]
         state, s = optimizer.state.get(w0, {}), step_size(optimizer) / preconditioner(w0, optimizer)
-        s = torch.minimum(s, 1 / rows.clamp(min=1e-12))
+        if "exp_avg_sq" in state:
+            s = torch.minimum(s, 1 / rows().clamp(min=1e-12))
         zero = torch.zeros_like(w0.data)
         if "betas" in group:
             beta = group["betas"][0]
@@ -82,7 +84,7 @@ class Unroller:
         for _ in range(self.steps):
             at = Linearisation(problem, w, lam_hat)
             if not trajectory:
-                step = Dynamics.of(self.hypernetwork, self.weight_optimizer, at.row_sizes())
+                step = Dynamics.of(self.hypernetwork, self.weight_optimizer, at.row_sizes)
                 u = step.u[:, None]
             trajectory.append(at)
             u = step.beta * u + step.gamma * at.g.detach()
@@ -115,8 +117,8 @@ class Recorder:
 
     def __call__(self, problem: Problem, w: Tensor, lam_hat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See :class:`hypertune.algorithms.Unroll`: the steps are those that led to w."""
-        rows = self._trajectory[0].row_sizes()
-        step = Dynamics.of(self.hypernetwork, self.phi_optimizer.weight_optimizer, rows)
+        first = self._trajectory[0]
+        step = Dynamics.of(self.hypernetwork, self.phi_optimizer.weight_optimizer, first.row_sizes)
         return _back(problem, w, self._trajectory, step)
 
 
@@ -160,10 +162,10 @@ class Tangent:
     def step(self, problem: Problem, lam_hat: Tensor) -> Tensor:
         """One step of both; L_Train (), mean over folds, before it."""
         V, at = self.hypernetwork.maps[0].V, Linearisation(problem, self.hypernetwork.w0[:, None], lam_hat)
-        change, rows = at.forward(V.data), at.row_sizes()
+        change = at.forward(V.data)
         settle(problem, self.hypernetwork, lam_hat, at.x)
         self.phi_optimizer.step_at_center(at.g.detach()[:, 0])
-        step = Dynamics.of(self.hypernetwork, self.phi_optimizer.weight_optimizer, rows)
+        step = Dynamics.of(self.hypernetwork, self.phi_optimizer.weight_optimizer, at.row_sizes)
         self.U = step.beta * self.U + step.gamma * change
         V.data.sub_(step.s[:, None] * self.U)
         return at.loss
