@@ -24,12 +24,13 @@ from sklearn.base import clone
 from torch import Tensor
 
 from hypertune.batches import Minibatches
+from hypertune.folds import prefix_of
 from hypertune.implicit import conjugate_gradients
 from hypertune.objective import flat_weights
 from hypertune.randomness import isolated
 from hypertune.response import Fold
 from hypertune.retraining import retrain
-from hypertune.search import HyperTrainingSearchCV, Setup, _prefix
+from hypertune.search import HyperTrainingSearchCV, Setup
 from hypertune.training import make_train_loss
 
 _MOST_DIRECTIONS = 20
@@ -103,7 +104,7 @@ def check_hypergradient(
     if reference not in ("exact", "retrain"):
         raise ValueError(f'reference={reference!r}: choose "exact" or "retrain".')
     probe = _Probe(**clone(search).get_params(deep=False))
-    names = [name for name in [f"{_prefix(probe.estimator)}dtype"] if name in probe.estimator.get_params()]
+    names = [name for name in [f"{prefix_of(probe.estimator)}dtype"] if name in probe.estimator.get_params()]
     probe.set_params(
         **{f"estimator__{name}": "float64" for name in names},
         evaluate="hypernetwork", refit=False, hyper_lr=1e-12, grain_scale=None, error_score="raise",

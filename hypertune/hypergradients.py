@@ -11,7 +11,7 @@ name            dw/dλ                                                          
 ``Forward``     of all training steps, carried along with w                              n copies of w, n products a step
 ==============  ======================================================================  ============================
 
-The first three need L_Train differentiable in λ, so that no dropout rate can be tuned by them. Each is a description that a
+They need L_Train differentiable in λ, so that no dropout rate can be tuned by them. Each is a description that a
 search takes as ``algorithm=``; what does the work on a :class:`hypertune.algorithms.Problem` is in :mod:`hypertune.implicit` and
 :mod:`hypertune.unrolled`, and here what they share.
 
@@ -73,6 +73,11 @@ class Implicit:
         steps with the same conjugate gradients.
     every : int
         λ̂ moves at one training step in so many.
+
+    Raises
+    ------
+    ValueError
+        For a setting without a meaning.
     """
 
     solver: _Solver = "neumann"
@@ -94,7 +99,13 @@ class Implicit:
 
 @dataclass(frozen=True)
 class T1T2:
-    """−∇_w L_Valid ∂²L_Train/∂w∂λ: the implicit function theorem with the identity for the Hessian."""
+    """−∇_w L_Valid ∂²L_Train/∂w∂λ: the implicit function theorem with the identity for the Hessian.
+
+    Parameters
+    ----------
+    every : int
+        λ̂ moves at one training step in so many.
+    """
 
     every: int = 4
 
@@ -104,7 +115,13 @@ class T1T2:
 
 @dataclass(frozen=True)
 class Unrolled:
-    """Reverse mode through ``steps`` training steps from the current weights (truncated back-propagation)."""
+    """Reverse mode through the last training steps (truncated back-propagation).
+
+    Parameters
+    ----------
+    steps : int
+        How many; λ̂ moves once in as many.
+    """
 
     steps: int = 20
 
@@ -119,7 +136,13 @@ class Unrolled:
 
 @dataclass(frozen=True)
 class Forward:
-    """The tangent dw/dλ of the training steps themselves, exact to first order; for few hyperparameters."""
+    """The tangent dw/dλ of the training steps themselves, exact to first order; for at most 100 hyperparameters.
+
+    Parameters
+    ----------
+    every : int
+        λ̂ moves at one training step in so many.
+    """
 
     every: int = 2
 
@@ -129,7 +152,15 @@ class Forward:
 
 @dataclass(frozen=True)
 class Hybrid:
-    """Algorithm 3, with L_Valid after ``steps`` training steps more from the hypernetwork's weights."""
+    """Algorithm 3, with L_Valid after some training steps more from the hypernetwork's weights.
+
+    Parameters
+    ----------
+    steps : int
+        How many.
+    every : int
+        λ is sampled, and λ̂ moves, at one training step in so many.
+    """
 
     steps: int = 5
     every: int = 4

@@ -299,7 +299,13 @@ class Linear:
 
 @dataclass(frozen=True)
 class LowRank:
-    """The paper's factorised linear hypernetwork, for many hyperparameters: n → rank → D, with both biases."""
+    """The paper's factorised linear hypernetwork, for many hyperparameters: n → rank → D, with both biases.
+
+    Parameters
+    ----------
+    rank : int
+        Units in the middle.
+    """
 
     rank: int = 10
 
@@ -311,7 +317,13 @@ class LowRank:
 
 @dataclass(frozen=True)
 class ReluMLP:
-    """The paper's nonlinear hypernetwork: n → hidden ReLU units → D."""
+    """The paper's nonlinear hypernetwork: n → ReLU units → D.
+
+    Parameters
+    ----------
+    hidden : int
+        Units.
+    """
 
     hidden: int = 50
 
@@ -323,7 +335,13 @@ class ReluMLP:
 
 @dataclass(frozen=True)
 class Gated:
-    """Each weight ``W + g(λ)[unit] ∘ V``: two copies of the weights at any n, nonlinear in λ, works for any module."""
+    """Each weight ``W + g(λ)[unit] ∘ V``: two copies of the weights at any n, nonlinear in λ, works for any module.
+
+    Parameters
+    ----------
+    hidden : int
+        Tanh units of the gates' small network.
+    """
 
     hidden: int = 16
 

@@ -30,10 +30,10 @@ from hypertune.algorithms import (
     joint,
     simplified,
 )
-from hypertune.estimator import Net
 from hypertune.hypergradients import DESCRIPTIONS, T1T2, Description, Forward, Hybrid, Implicit, Unrolled, alternate
 from hypertune.hypernetworks import Builder, Constant, Hypernetwork, Linear
 from hypertune.implicit import ImplicitAdjoint, T1T2Adjoint
+from hypertune.net import Net
 from hypertune.space import Space
 from hypertune.unrolled import Recorder, Tangent, Unroller
 

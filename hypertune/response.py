@@ -16,8 +16,8 @@ from sklearn.pipeline import Pipeline
 from torch import Tensor, nn
 
 from hypertune.batches import Batch, Rows
-from hypertune.estimator import Net, fingerprint
 from hypertune.hypernetworks import Hypernetwork
+from hypertune.net import Net, fingerprint
 from hypertune.objective import Objective
 from hypertune.randomness import isolated
 from hypertune.space import Space, Value
@@ -69,7 +69,7 @@ class BestResponse:
     prefix : str
         What precedes the net's own parameter names: ``"net__"`` in a Pipeline, else empty.
     params : dict from str to float
-        The tuned setting λ̂.
+        The tuned setting λ̂; for a finer grain dicts or arrays, as the estimator takes them.
     hypernetwork : Hypernetwork
         One for each of the K folds, stacked.
     objective : Objective
@@ -102,6 +102,16 @@ class BestResponse:
             A setting; hyperparameters left out stay at λ̂.
         fold : int, default=0
             Which fold's training data shaped the weights.
+
+        Returns
+        -------
+        dict from str to Tensor
+            With the shapes of the parameters.
+
+        Raises
+        ------
+        ValueError
+            For a name that was not tuned, a value out of its range, or a setting other than λ̂ if no response was learned.
         """
         return self.objective.named(self._weights(self._lam([params or {}]))[fold, 0])
 
@@ -114,6 +124,11 @@ class BestResponse:
             A setting; hyperparameters left out stay at λ̂.
         fold : int, default=0
             Which fold's training rows it stands for.
+
+        Raises
+        ------
+        ValueError
+            As in :meth:`weights`.
         """
         setting = self._complete(params or {})
         net = copy.deepcopy(self.folds[fold].net).set_params(**self._own(setting))
@@ -124,7 +139,7 @@ class BestResponse:
         return Pipeline([*copy.deepcopy(preprocess).steps[:-1], (self.prefix.removesuffix("__"), net)])
 
     def validation_loss(self, params: Mapping[str, Value] | None = None) -> float:
-        """Validation loss at a setting, mean over rows and then over folds; no penalties, no noise."""
+        """Validation loss at a setting, mean over rows and then over folds; no penalties, no noise. Errors as in :meth:`weights`."""
         return float(self._validation_losses(self._lam([params or {}])).mean())
 
     def validation_curve(self, name: str, values: Sequence[Value]) -> np.ndarray:
@@ -134,6 +149,11 @@ class BestResponse:
         -------
         ndarray of shape (len(values), K)
             One column per fold, as scikit-learn's ``validation_curve`` has them.
+
+        Raises
+        ------
+        ValueError
+            As in :meth:`weights`.
         """
         return self._validation_losses(self._lam([{name: value} for value in values])).T.double().numpy()
 

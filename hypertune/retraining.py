@@ -16,8 +16,8 @@ from sklearn.base import clone
 from torch import Tensor, nn
 
 from hypertune.batches import Minibatches, Rows
-from hypertune.estimator import TorchEstimator, fingerprint
 from hypertune.hyperprior import vertex
+from hypertune.net import TorchEstimator, fingerprint
 from hypertune.objective import Objective, flat_weights
 from hypertune.randomness import draw_seed, isolated
 from hypertune.response import Fold, full_losses
@@ -93,8 +93,8 @@ def screen(space: Space, prefix: str, folds: list[Fold], objective: Objective, c
     """Where λ̂ should start (n,): the best of a handful of settings from weak to strong regularisation; None where stacking does not pay.
 
     They are ``current`` (n,), a line of quantiles of all logarithmic hyperparameters together with the others as they are, and
-    two of that line with the others a quarter of the way up. They are trained for a third of a fit, with a schedule of that
-    length: which is best is seen by then, which of the others is good may not be. If it is inside the line, λ̂ starts at the vertex of the parabola through it and its
+    two of that line with the others a quarter of the way up. They are trained for a third of a fit (at least 150 steps, at most a
+    whole fit), with a schedule of that length: which is best is seen by then, which of the others is good may not be. If it is inside the line, λ̂ starts at the vertex of the parabola through it and its
     neighbours.
     """
     log = torch.cat([torch.full((h.size,), h.coordinate == "log") for h in space.hyperparameters])

@@ -18,24 +18,20 @@ from typing import Any, ClassVar, NamedTuple, Self, get_args
 
 import numpy as np
 import torch
-from sklearn import get_config
 from sklearn.base import clone, is_classifier
 from sklearn.model_selection import check_cv
 from sklearn.model_selection._search import BaseSearchCV
-from sklearn.pipeline import Pipeline
-from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils import get_tags
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
-from sklearn.utils.metadata_routing import process_routing
-from sklearn.utils.metaestimators import _safe_split
-from sklearn.utils.validation import _check_method_params, _num_samples, indexable
+from sklearn.utils.validation import _num_samples, indexable
 from torch import Tensor
 
 from hypertune.callbacks import epochs
-from hypertune.estimator import Net, TorchEstimator
+from hypertune.folds import last_step, make_folds, net_of, prefix_of
 from hypertune.hypergradients import Description
 from hypertune.hypernetworks import HYPERNETWORKS, Builder
 from hypertune.hyperprior import choose_scale
+from hypertune.net import TorchEstimator
 from hypertune.objective import Objective
 from hypertune.randomness import draw_seed
 from hypertune.recipes import NAMES
@@ -72,8 +68,9 @@ class HyperTrainingSearchCV(BaseSearchCV):
     param_distributions : dict from str to distribution
         Parameter names, as in ``RandomizedSearchCV``, with continuous distributions: frozen ones of ``scipy.stats``
         (``loguniform``, ``uniform``, ...) or ``optuna.distributions.FloatDistribution``. What can be tuned:
-        ``weight_decay``, ``l1``, ``input_noise``, ``label_smoothing``, and every ``module__…`` keyword that reaches a
-        dropout rate. The penalties may have a value for each layer, unit, weight or feature, with
+        ``weight_decay``, ``l1``, ``input_noise``, ``label_smoothing``, ``mixup``, ``sample_weight``, the keywords of a ``penalty``
+        and an ``augment`` function, and every ``module__…`` keyword that sets a dropout rate or another number which the forward
+        pass reads. The penalties may have a value for each layer, unit, weight or feature, with
         :func:`per_layer`, :func:`per_unit`, :func:`per_weight`, :func:`per_feature` around the distribution. Of a skorch net ``optimizer__weight_decay``, ``criterion__label_smoothing`` and ``module__…``.
     algorithm : {"auto", "joint", "global", "simplified", "implicit", "t1t2", "unrolled", "forward", "hybrid"} or instance, \
             default="auto"
@@ -88,7 +85,8 @@ class HyperTrainingSearchCV(BaseSearchCV):
         sizes, such as ``LowRank(rank=20)``.
     start : {"screened", "estimator"}, default="screened"
         Where the hyperparameters start: at the best of a handful of settings that are trained together in one stacked pass
-        first (small models only, for which that is nearly free), or at the estimator's own setting.
+        first, or at the estimator's own setting. Screened are small models only, for which that is nearly free, that can be stacked;
+        and not with ``evaluate="hypernetwork"``, ``algorithm="global"``, callbacks, a verbose net or weights of rows.
     evaluate : {"retrain", "hypernetwork"}, default="retrain"
         How the candidates are scored: by retraining each from scratch on every fold, or (the paper's return value, for
         the tuned setting only) by the weights that the hypernetwork gives, which retrains nothing.
@@ -116,7 +114,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
     hyper_eps : float, default=0.01
         Epsilon of that Adam: the slope of the validation loss, per unit of λ, below which steps become small.
     warmup : float, default=1/3
-        Share of the run before the hyperparameters may move.
+        Share of the run before the hyperparameters may move; "global" has a first loop of its own, three quarters of the run.
     averaging : float, default=0.25
         Share of the run, at its end, over which the path is averaged into the tuned setting.
     response_optimizer : {"tangent", "plain"}, default="tangent"
@@ -126,7 +124,8 @@ class HyperTrainingSearchCV(BaseSearchCV):
         How retrained candidates are scored, as in ``GridSearchCV``; None means the estimator's ``score``. The
         hyper-training itself descends the estimator's criterion on the validation rows.
     n_jobs : int, default=None
-        Candidates × folds retrained in parallel. The hyper-training trains all folds in one process.
+        Candidates × folds retrained in parallel, where they cannot be retrained in one stacked pass; where they can, only scoring is
+        parallel. The hyper-training trains all folds in one process.
     refit : bool, str or callable, default=True
         Refit the estimator on all the data with the best setting, as in ``GridSearchCV``.
     cv : int, cross-validation generator or iterable, default=None
@@ -297,7 +296,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
 
         Parameters
         ----------
-        X : array-like of shape (n_samples, n_features)
+        X : array-like of shape (n_samples, n_features) or (n_samples, ...)
             Training data.
         y : array-like of shape (n_samples,) or (n_samples, n_outputs)
             Target.
@@ -316,14 +315,14 @@ class HyperTrainingSearchCV(BaseSearchCV):
         own = {"estimator": self.estimator, "cv": self.cv}
         if isinstance(self.cv, Iterator):  # it is gone through twice: by the hyper-training and by the verification
             self.cv = list(self.cv)
-        net = _last(self.estimator)
+        net = last_step(self.estimator)
         if isinstance(net, TorchEstimator):
             # The clones of this one look here for weights that are known already, and for the numbers of their rows.
             self.estimator = clone(self.estimator)
             self._known: list[Any] = []
-            _last(self.estimator)._known = self._known
+            last_step(self.estimator)._known = self._known
             if net.sample_weight is not None or self._weighs_rows():
-                _last(self.estimator)._row_numbers = {}
+                last_step(self.estimator)._row_numbers = {}
         elif self.evaluate == "hypernetwork":
             raise ValueError("evaluate='hypernetwork' needs a TorchClassifier or TorchRegressor; use 'retrain'.")
         self._inputs = indexable(X, y)
@@ -334,7 +333,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
             self.__dict__.update(own)
             for name in ("_inputs", "_routed", "_known", "_callback_ctx"):
                 self.__dict__.pop(name, None)
-        if hasattr(self, "best_estimator_") and isinstance(net := _last(self.best_estimator_), TorchEstimator):
+        if hasattr(self, "best_estimator_") and isinstance(net := last_step(self.best_estimator_), TorchEstimator):
             for name in ("_known", "_row_numbers"):
                 net.__dict__.pop(name, None)
         return self
@@ -342,7 +341,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
     def _weighs_rows(self) -> bool:
         """Whether a weight for each row is among the hyperparameters."""
         space = self.param_distributions  # not validated yet
-        return isinstance(space, Mapping) and f"{_prefix(self.estimator)}sample_weight" in space
+        return isinstance(space, Mapping) and f"{prefix_of(self.estimator)}sample_weight" in space
 
     def _get_routed_params_for_fit(self, params: Any) -> Any:
         if self._inputs[1] is None and get_tags(self).target_tags.required:
@@ -401,7 +400,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
     def _set_up(self) -> Setup:
         """What is to be trained; refuses what cannot be."""
         space = Space.from_distributions(self.param_distributions)
-        net, prefix = _net(self.estimator), _prefix(self.estimator)
+        net, prefix = net_of(self.estimator), prefix_of(self.estimator)
         space = with_rows(net, space, prefix)
         self._check_space(space)
         check_names(net, space, prefix)
@@ -412,7 +411,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
         return Setup(space, prefix, folds, objective, current, seed)
 
     def _epochs(self) -> int:
-        return int(_net(self.estimator).max_epochs if self.max_epochs is None else self.max_epochs)
+        return int(net_of(self.estimator).max_epochs if self.max_epochs is None else self.max_epochs)
 
     def _tuner(self, setup: Setup, start: Tensor) -> Callable[..., tuple[BestResponse, dict[str, Any]]]:
         """A hyper-training of some folds, with the search's own parameters."""
@@ -455,64 +454,26 @@ class HyperTrainingSearchCV(BaseSearchCV):
 
     def _settings(self) -> dict[str, Any]:
         """All parameters of the estimator with their current values, also those that were never set on it."""
-        prefix = _prefix(self.estimator)
-        own = {prefix + name: value for name, value in _net(self.estimator).get_params().items()}
+        prefix = prefix_of(self.estimator)
+        own = {prefix + name: value for name, value in net_of(self.estimator).get_params().items()}
         settings = own | self.estimator.get_params()
         if settings.get(name := f"{prefix}sample_weight", 1.0) is None:
             settings[name] = 1.0  # what no weight means
         return settings
 
     def _folds(self) -> list[Fold]:
-        """The splits of ``cv``, each preprocessed and encoded as scikit-learn would give it to the estimator."""
+        """The splits of ``cv``, as scikit-learn would give them to the estimator."""
         X, y = self._inputs
         cv = check_cv(self.cv, y, classifier=is_classifier(self.estimator))
         splits = cv.split(X, y, **self._routed.splitter.split)
-        return [self._fold(X, y, train, valid) for train, valid in splits]
-
-    def _fold(self, X: Any, y: Any, train: np.ndarray, valid: np.ndarray) -> Fold:
-        X_train, y_train = _safe_split(self.estimator, X, y, train)
-        X_valid, y_valid = _safe_split(self.estimator, X, y, valid, train)
-        own, earlier = self._fit_params_of(X, train)
-        preprocess = None
-        if isinstance(self.estimator, Pipeline) and len(self.estimator.steps) > 1:
-            # The identity at its end counts as fitted, whatever the user's last transformer says of itself.
-            preprocess = clone(Pipeline([*self.estimator.steps[:-1], ("identity", FunctionTransformer())]))
-            X_train = preprocess.fit_transform(X_train, y_train, **earlier)
-            X_valid = preprocess.transform(X_valid)
-        net, weight = clone(_net(self.estimator)), own.get("sample_weight")
-        number = np.arange(_num_samples(X))[train]
-        if isinstance(net, TorchEstimator):
-            net._note_rows(X_train, y_train, number)
-            if self._weighs_rows():
-                net.sample_weight = None  # it is λ
-        encoded = net._encode(X_train, y_train, weight, all_y=y)
-        if weight is not None:
-            number = number[np.asarray(weight) > 0]  # the others are left out
-        if len(number) == len(encoded.x):
-            encoded = encoded._replace(number=torch.from_numpy(number).to(encoded.x.device))
-        valid_weight = self._fit_params_of(X, valid)[0].get("sample_weight")
-        return Fold(net, preprocess, encoded, net._encode_more(X_valid, y_valid, valid_weight))
-
-    def _fit_params_of(self, X: Any, indices: np.ndarray) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The fit parameters for some rows: the net's own, and those of the earlier steps as their pipeline takes them."""
-        params = _check_method_params(X, self._routed.estimator.fit, indices=indices)
-        if not isinstance(self.estimator, Pipeline):
-            return params, {}
-        if not get_config()["enable_metadata_routing"]:  # step__name
-            prefix = _prefix(self.estimator)
-            own = {name.removeprefix(prefix): value for name, value in params.items() if name.startswith(prefix)}
-            return own, {name: value for name, value in params.items() if not name.startswith(prefix)}
-        routed = process_routing(self.estimator, "fit", **params)
-        *others, (last, _) = self.estimator.steps
-        wanted = {key for name, _ in others if name in routed for method in routed[name].values() for key in method}
-        return routed[last].fit, {key: value for key, value in params.items() if key in wanted}
+        return make_folds(self.estimator, X, y, splits, self._routed.estimator.fit, weighs_rows=self._weighs_rows())
 
     # --- refusals, before anything is computed ----------------------------------------------------------------------------
 
     def _check_space(self, space: Space) -> None:
         """Every name must be a parameter of the torch estimator itself."""
         valid = self._settings()
-        prefix = _prefix(self.estimator)
+        prefix = prefix_of(self.estimator)
         for h in space.hyperparameters:
             name = h.name
             where = f"param_distributions[{name!r}]"
@@ -548,26 +509,3 @@ def _out_of_corners(space: Space, current: Tensor) -> Tensor:
             at_bound = (current[block] == h.low) | (current[block] == h.high)
             start[block] = torch.where(at_bound, third[block], current[block])
     return start
-
-
-def _net(estimator: Any) -> Net:
-    """The torch estimator itself, or the last step of a Pipeline; a skorch net by its adapter."""
-    last = _last(estimator)
-    if isinstance(last, TorchEstimator):
-        return last
-    if any(cls.__module__.startswith("skorch.") for cls in type(last).__mro__):
-        from hypertune.skorch import SkorchNet  # an optional dependency, there if the user has such a net
-
-        return SkorchNet(last)
-    raise TypeError(
-        f"HyperTrainingSearchCV tunes a TorchClassifier, a TorchRegressor, a skorch net, or a Pipeline that ends in one; got "
-        f"{type(last).__name__}. Other models have no weights that a gradient could follow: use RandomizedSearchCV."
-    )
-
-
-def _last(estimator: Any) -> Any:
-    return estimator.steps[-1][1] if isinstance(estimator, Pipeline) else estimator
-
-
-def _prefix(estimator: Any) -> str:
-    return f"{estimator.steps[-1][0]}__" if isinstance(estimator, Pipeline) else ""

@@ -25,9 +25,9 @@ from skorch.callbacks import LRScheduler
 from torch import Tensor, nn
 
 from hypertune.batches import Rows
-from hypertune.estimator import scheduled
 from hypertune.losses import CustomLoss, cross_entropy
 from hypertune.modules import Reach
+from hypertune.net import scheduled
 from hypertune.objective import Objective
 from hypertune.randomness import isolated
 
@@ -36,7 +36,7 @@ _OWN_LOSSES = {cls.get_loss for cls in (NeuralNet, NeuralNetClassifier, NeuralNe
 
 @dataclass
 class SkorchNet:
-    """A skorch net, seen as :class:`hypertune.estimator.Net`."""
+    """A skorch net, seen as :class:`hypertune.net.Net`."""
 
     net: NeuralNet
     loss_names: ClassVar[Mapping[str, str]] = {

@@ -24,10 +24,10 @@ from tqdm.auto import tqdm
 from hypertune.algorithms import Problem, Step, settle
 from hypertune.batches import Batch, Minibatches
 from hypertune.descent import Descent
-from hypertune.estimator import Net
 from hypertune.hypergradients import Description
 from hypertune.hypernetworks import Builder, Layout
 from hypertune.losses import nats_per_unit
+from hypertune.net import Net
 from hypertune.objective import Objective, flat_weights
 from hypertune.randomness import isolated
 from hypertune.recipes import choose, phi_optimizer, stream

@@ -10,8 +10,8 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from hypertune.estimator import Net
 from hypertune.modules import Reach, find_reach
+from hypertune.net import Net
 from hypertune.objective import LOSS_HYPERPARAMETERS, Objective
 from hypertune.randomness import isolated
 from hypertune.space import Grain, Hyperparameter, Shape, Space

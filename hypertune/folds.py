@@ -1,0 +1,118 @@
+"""The splits of a search, each preprocessed and encoded as scikit-learn would give it to the estimator; and who that is.
+
+folds = make_folds(estimator, X, y, cv.split(X, y), {"sample_weight": weight}, weighs_rows=False)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn import get_config
+from sklearn.base import clone
+from sklearn.pipeline import Pipeline
+from sklearn.preprocessing import FunctionTransformer
+from sklearn.utils.metadata_routing import process_routing
+from sklearn.utils.metaestimators import _safe_split
+from sklearn.utils.validation import _check_method_params, _num_samples
+
+from hypertune.net import Net, TorchEstimator
+from hypertune.response import Fold
+
+
+def net_of(estimator: Any) -> Net:
+    """The torch estimator itself, or the last step of a Pipeline; a skorch net by its adapter."""
+    last = last_step(estimator)
+    if isinstance(last, TorchEstimator):
+        return last
+    if any(cls.__module__.startswith("skorch.") for cls in type(last).__mro__):
+        from hypertune.skorch import SkorchNet  # an optional dependency, there if the user has such a net
+
+        return SkorchNet(last)
+    raise TypeError(
+        f"HyperTrainingSearchCV tunes a TorchClassifier, a TorchRegressor, a skorch net, or a Pipeline that ends in one; got "
+        f"{type(last).__name__}. Other models have no weights that a gradient could follow: use RandomizedSearchCV."
+    )
+
+
+def last_step(estimator: Any) -> Any:
+    """The last step of a Pipeline, or the estimator."""
+    return estimator.steps[-1][1] if isinstance(estimator, Pipeline) else estimator
+
+
+def prefix_of(estimator: Any) -> str:
+    """What precedes the net's own parameter names: ``"net__"`` in a Pipeline, else empty."""
+    return f"{estimator.steps[-1][0]}__" if isinstance(estimator, Pipeline) else ""
+
+
+def make_folds(
+    estimator: Any,
+    X: Any,
+    y: Any,
+    splits: Iterable[tuple[np.ndarray, np.ndarray]],
+    fit_params: Mapping[str, Any],
+    *,
+    weighs_rows: bool,
+) -> list[Fold]:
+    """One fold for each pair of (numbers of training rows, numbers of validation rows).
+
+    Parameters
+    ----------
+    fit_params : mapping from str to object
+        What the estimator's ``fit`` is given, for all rows.
+    weighs_rows : bool
+        Whether a weight for each row is among the hyperparameters.
+    """
+    return [_fold(estimator, X, y, train, valid, fit_params, weighs_rows) for train, valid in splits]
+
+
+def _fold(
+    estimator: Any,
+    X: Any,
+    y: Any,
+    train: np.ndarray,
+    valid: np.ndarray,
+    fit_params: Mapping[str, Any],
+    weighs_rows: bool,
+) -> Fold:
+    X_train, y_train = _safe_split(estimator, X, y, train)
+    X_valid, y_valid = _safe_split(estimator, X, y, valid, train)
+    own, earlier = _params_of(estimator, X, fit_params, train)
+    preprocess = None
+    if isinstance(estimator, Pipeline) and len(estimator.steps) > 1:
+        # The identity at its end counts as fitted, whatever the user's last transformer says of itself.
+        preprocess = clone(Pipeline([*estimator.steps[:-1], ("identity", FunctionTransformer())]))
+        X_train = preprocess.fit_transform(X_train, y_train, **earlier)
+        X_valid = preprocess.transform(X_valid)
+    net, weight = clone(net_of(estimator)), own.get("sample_weight")
+    number = np.arange(_num_samples(X))[train]
+    if isinstance(net, TorchEstimator):
+        net._note_rows(X_train, y_train, number)
+        if weighs_rows:
+            net.sample_weight = None  # it is λ
+    encoded = net._encode(X_train, y_train, weight, all_y=y)
+    if weight is not None:
+        number = number[np.asarray(weight) > 0]  # the others are left out
+    if len(number) == len(encoded.x):
+        encoded = encoded._replace(number=torch.from_numpy(number).to(encoded.x.device))
+    valid_weight = _params_of(estimator, X, fit_params, valid)[0].get("sample_weight")
+    return Fold(net, preprocess, encoded, net._encode_more(X_valid, y_valid, valid_weight))
+
+
+def _params_of(
+    estimator: Any, X: Any, fit_params: Mapping[str, Any], indices: np.ndarray
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fit parameters for some rows: the net's own, and those of the earlier steps as their pipeline takes them."""
+    params = _check_method_params(X, fit_params, indices=indices)
+    if not isinstance(estimator, Pipeline):
+        return params, {}
+    if not get_config()["enable_metadata_routing"]:  # step__name
+        prefix = prefix_of(estimator)
+        own = {name.removeprefix(prefix): value for name, value in params.items() if name.startswith(prefix)}
+        return own, {name: value for name, value in params.items() if not name.startswith(prefix)}
+    routed = process_routing(estimator, "fit", **params)
+    *others, (last, _) = estimator.steps
+    wanted = {key for name, _ in others if name in routed for method in routed[name].values() for key in method}
+    return routed[last].fit, {key: value for key, value in params.items() if key in wanted}

@@ -1,0 +1,449 @@
+"""What hyper-training asks of a model (:class:`Net`), and our own: a torch module trained at fixed hyperparameters.
+
+:class:`TorchEstimator` is Algorithm 1's inner loop with scikit-learn's manners; :mod:`hypertune.estimator` has the two that are public.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any, ClassVar, Protocol, Self
+
+import joblib
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+from torch import Tensor, nn
+
+from hypertune.batches import Minibatches, Rows
+from hypertune.callbacks import CallbackSupportMixin, fit_task, with_callbacks
+from hypertune.factory import MLP, keywords_of, with_keywords
+from hypertune.losses import Loss, as_loss
+from hypertune.modules import Reach, refuse_modules
+from hypertune.objective import LOSS_HYPERPARAMETERS, Objective, arguments
+from hypertune.randomness import draw_seed, isolated
+
+_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adam": lambda params, lr: torch.optim.Adam(params, lr=lr, fused=True),
+    "sgd": lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9, fused=True),
+}
+_LR_SCHEDULES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
+    "constant": lambda progress: 1.0,
+}
+_OWNERS = ("module", "penalty", "augment")  # parameters whose own keywords are parameters
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+_PREDICT_ROWS = 4096
+
+
+class Net(Protocol):
+    """What hyper-training asks of a model: of ours, and of others through an adapter.
+
+    Attributes
+    ----------
+    loss_names : mapping from str to str
+        Its parameters that are hyperparameters of the loss, and which (:data:`hypertune.objective.LOSS_HYPERPARAMETERS`).
+    batch_size, max_epochs : int
+    device : str
+    """
+
+    loss_names: ClassVar[Mapping[str, str]]
+
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def max_epochs(self) -> int: ...
+    @property
+    def device(self) -> str: ...
+
+    def get_params(self) -> dict[str, Any]:
+        """All parameters that a search may name, with their current values."""
+        ...
+
+    def set_params(self, **params: Any) -> Any:
+        """Set parameters in place."""
+        ...
+
+    def _why_not(self, name: str) -> str | None:
+        """Why this parameter of the loss cannot be tuned under the others, or None if it can."""
+
+    def _encode(self, X: Any, y: Any, sample_weight: Any = None, *, all_y: Any = None) -> Rows:
+        """Check training rows, learn what describes them and return them as tensors; classes are those of ``all_y``."""
+        ...
+
+    def _encode_more(self, X: Any, y: Any, sample_weight: Any = None) -> Rows:
+        """Further rows (a validation fold) under what ``_encode`` learned."""
+        ...
+
+    def _build_module(self) -> nn.Module:
+        """A fresh module on the device."""
+        ...
+
+    def _make_objective(
+        self, module: nn.Module, *, reach: Mapping[str, list[Reach]] | None = None, folds: int = 1
+    ) -> Objective:
+        """The losses, at the current setting."""
+        ...
+
+    def _make_optimizer(
+        self, params: list[nn.Parameter], steps: int
+    ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        """The optimizer and its schedule over a run of so many steps."""
+        ...
+
+    def _check_outputs(self, objective: Objective, x: Tensor) -> None:
+        """Refuse a module whose outputs do not fit."""
+
+    def _adopt(self, module: nn.Module) -> Any:
+        """A fitted estimator around a trained module."""
+
+
+class TorchEstimator(CallbackSupportMixin, BaseEstimator):
+    """What the two estimators share. The parameters are described there."""
+
+    module: Any
+    criterion: Any
+    input_noise: Any
+    penalty: Any
+    augment: Any
+    inputs: Any
+    sample_weight: Any
+    optimizer: Any
+    lr: float
+    lr_schedule: str
+    batch_size: int
+    max_epochs: int
+    device: str
+    dtype: str
+    random_state: Any
+    verbose: int
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        "module": [None, callable],
+        "weight_decay": [Interval(Real, 0, None, closed="left"), Mapping],
+        "l1": [Interval(Real, 0, None, closed="left"), Mapping],
+        "input_noise": [Interval(Real, 0, None, closed="left"), "array-like"],
+        "mixup": [Interval(Real, 0, 1, closed="both")],
+        "penalty": [None, callable],
+        "augment": [None, callable],
+        "inputs": [None, Mapping],
+        "sample_weight": [None, "array-like"],
+        "optimizer": [StrOptions(set(_OPTIMIZERS)), callable],
+        "lr": [Interval(Real, 0, None, closed="neither")],
+        "lr_schedule": [StrOptions(set(_LR_SCHEDULES))],
+        "batch_size": [Interval(Integral, 1, None, closed="left")],
+        "max_epochs": [Interval(Integral, 1, None, closed="left")],
+        "device": [str],
+        "dtype": [StrOptions(set(_DTYPES))],
+        "random_state": ["random_state"],
+        "verbose": ["verbose"],
+    }
+    _losses: Mapping[str, Loss]
+    _checks: Mapping[str, Any]
+    _row_shape: tuple[int, ...]
+    loss_names: ClassVar[Mapping[str, str]] = {name: name for name in LOSS_HYPERPARAMETERS}
+    # What a search puts on the estimator that it clones: where weights for its folds' rows may be known already (candidates
+    # that were retrained together, or a best response), and the row numbers of its folds by fingerprint of their rows.
+    _known: Sequence[Any] = ()
+    _row_numbers: dict[str, np.ndarray] | None = None
+
+    @with_callbacks
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
+        """Train from scratch.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features) or (n_samples, ...)
+        y : array-like of shape (n_samples,) or (n_samples, n_outputs)
+        sample_weight : array-like of shape (n_samples,), optional
+            Weight of each row in the training loss, relative to their mean. Rows of weight zero are left out.
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        ValueError
+            For unusable data or parameters, before any training; and if the training loss is no longer finite.
+        TypeError
+            If the factory makes no module.
+        """
+        rows = self._encode(X, y, sample_weight)
+        if any(known.fit_known(self, rows) for known in self._known):
+            return self
+        seed = draw_seed(self.random_state)
+        metadata = None if sample_weight is None else {"sample_weight": sample_weight}
+        with isolated(seed, self.device), fit_task(self, self.max_epochs, X=X, y=y, metadata=metadata) as end_epoch:
+            module = self._build_module()
+            objective = self._make_objective(module)
+            self._check_outputs(objective, rows.x[:2])
+            w = nn.Parameter(objective.initial_weights()[None])
+
+            def trained() -> nn.Module:
+                return objective.load_into(copy.deepcopy(module), w[0]).eval().requires_grad_(False)
+
+            stream = Minibatches([rows], self.batch_size, seed=seed)
+            self.loss_curve_ = self._train(
+                objective, w, stream, lambda: end_epoch(reconstruction_attributes=lambda: {"module_": trained()})
+            )
+        self._adopt(trained())
+        self.n_iter_ = len(self.loss_curve_)
+        return self
+
+    def _train(
+        self, objective: Objective, w: nn.Parameter, stream: Minibatches, end_epoch: Callable[[], bool]
+    ) -> list[float]:
+        """Algorithm 1, inner loop: w (1, D) descends L_Train(w, λ, x) in place; the mean loss of each epoch."""
+        optimizer, schedule = self._make_optimizer([w], self.max_epochs * stream.steps_per_epoch)
+        curve = []
+        for epoch in range(1, self.max_epochs + 1):
+            total = torch.zeros((), dtype=w.dtype, device=w.device)
+            for _ in range(stream.steps_per_epoch):
+                loss = objective.train_loss(w, {}, next(stream))
+                (w.grad,) = torch.autograd.grad(loss.sum(), w)
+                optimizer.step()
+                w.grad = None
+                schedule.step()
+                total += loss.detach()[0]
+            curve.append(float(total) / stream.steps_per_epoch)
+            if not math.isfinite(curve[-1]):
+                raise ValueError(
+                    f"{type(self).__name__}: the training loss became {curve[-1]} in epoch {epoch} (lr={self.lr}, "
+                    f"{self._loss_values()}). Lower lr, or scale X and y."
+                )
+            if self.verbose:
+                print(f"[{type(self).__name__}] epoch {epoch}/{self.max_epochs}, training loss {curve[-1]:.4f}")
+            if end_epoch():
+                break
+        return curve
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """Parameters by name; if ``deep``, also the keywords of ``module``, ``penalty`` and ``augment``.
+
+        A plain function's keywords are parameters too: ``penalty__strength`` for ``penalty=f`` and ``def f(w, strength=1.0)``.
+        """
+        params: dict[str, Any] = super().get_params(deep)
+        for owner in _OWNERS if deep else ():
+            params |= {f"{owner}__{k}": v for k, v in keywords_of(getattr(self, owner)).items()}
+        return params
+
+    def set_params(self, **params: Any) -> Self:
+        """Set parameters; a plain function whose keywords are set becomes a ``functools.partial`` of it."""
+        whole = {
+            name: value for name, value in params.items() if name.partition("__")[0] not in _OWNERS or name in _OWNERS
+        }
+        super().set_params(**whole)
+        rest = {name: value for name, value in params.items() if name not in whole}
+        for owner in _OWNERS:
+            keywords = {k.removeprefix(f"{owner}__"): v for k, v in rest.items() if k.startswith(f"{owner}__")}
+            if not keywords:
+                continue
+            function = getattr(self, owner)
+            if hasattr(function, "set_params"):
+                function.set_params(**keywords)
+            else:
+                setattr(self, owner, with_keywords(owner, function, keywords))
+        return self
+
+    def __sklearn_clone__(self) -> Self:
+        copy = super().__sklearn_clone__()
+        vars(copy).update({name: value for name, value in vars(self).items() if name in ("_known", "_row_numbers")})
+        return copy
+
+    # --- parts, shared with hyper-training -------------------------------------------------------------------------
+
+    def _encode(self, X: Any, y: Any, sample_weight: Any = None, *, all_y: Any = None) -> Rows:
+        """Check the data, learn what describes them (classes, scales, widths) and return them as tensors.
+
+        The classes are those of ``all_y`` where given: folds that are trained together need the same outputs.
+        """
+        self._validate_params()
+        X, y = validate_data(self, X, y, **self._checks)
+        self._row_shape = X.shape[1:]
+        self._columns = self._find_columns()
+        self._check_arrays()
+        weight = None
+        if sample_weight is not None:
+            sample_weight = _check_sample_weight(sample_weight, X, ensure_non_negative=True)
+        if self.sample_weight is not None:
+            own = self._own_sample_weight(X, y)
+            sample_weight = own if sample_weight is None else own * sample_weight
+        if sample_weight is not None:
+            kept = sample_weight > 0
+            if not kept.any():
+                raise ValueError("sample_weight is zero for every row.")
+            X, y, sample_weight = X[kept], y[kept], sample_weight[kept]
+            weight = self._tensor(sample_weight)
+        self._learn_targets(y, sample_weight, y if all_y is None else all_y)
+        return Rows(self._tensor(X), self._encode_targets(y), weight)
+
+    def _encode_more(self, X: Any, y: Any, sample_weight: Any = None) -> Rows:
+        """Further rows (a validation fold) under what :meth:`_encode` learned."""
+        X, y = validate_data(self, X, y, **self._checks, reset=False)
+        weight = None if sample_weight is None else self._tensor(_check_sample_weight(sample_weight, X))
+        return Rows(self._tensor(X), self._encode_targets(y), weight)
+
+    def _note_rows(self, X: Any, y: Any, number: np.ndarray) -> None:
+        """Remember, for this estimator and its clones, which rows of the whole data these are."""
+        if self._row_numbers is not None:
+            self._row_numbers[fingerprint(*validate_data(self, X, y, **self._checks))] = number
+
+    def _own_sample_weight(self, X: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """The parameter ``sample_weight`` for these rows: all of them, or those of a fold that a search knows."""
+        weight = np.asarray(self.sample_weight)
+        number = self._row_numbers.get(fingerprint(X, y)) if self._row_numbers is not None else None
+        if number is not None:
+            weight = weight[number]
+        if weight.shape != (len(X),):
+            raise ValueError(
+                f"The parameter sample_weight has shape {weight.shape}, and there are {len(X)} rows. It holds one weight for each "
+                "row of fit; in cross-validation pass sample_weight to fit instead, which is split with the rows."
+            )
+        return _check_sample_weight(weight, X, ensure_non_negative=True)
+
+    def _find_columns(self) -> dict[str, Tensor] | None:
+        """``inputs`` as numbers of columns."""
+        if self.inputs is None:
+            return None
+        if len(self._row_shape) != 1 or not self.inputs:
+            raise ValueError(f"inputs={self.inputs!r} needs X with columns, and a name for at least one group of them.")
+        names = list(getattr(self, "feature_names_in_", ()))
+        found = {}
+        for argument, columns in self.inputs.items():
+            if isinstance(columns, (str, Integral)):
+                raise ValueError(
+                    f"inputs[{argument!r}] must be a list of columns, got {columns!r}; write [{columns!r}]."
+                )
+            numbers = [names.index(column) if column in names else column for column in columns]
+            for column in numbers:
+                if not isinstance(column, (int, np.integer)) or not 0 <= column < self._row_shape[0]:
+                    known = names or f"numbers from 0 to {self._row_shape[0] - 1}"
+                    raise ValueError(f"inputs[{argument!r}]: X has no column {column!r}; it has {known}.")
+            found[argument] = torch.tensor(numbers, dtype=torch.long, device=self.device)
+        return found
+
+    def _check_arrays(self) -> None:
+        """Refuse negative strengths, and noise that is not one number for each feature."""
+        for name in ("weight_decay", "l1"):
+            value = getattr(self, name)
+            for key, strength in value.items() if isinstance(value, Mapping) else ():
+                if not np.all(np.asarray(strength, dtype=float) >= 0):
+                    raise ValueError(f"{name}[{key!r}] must be zero or positive, got {strength!r}.")
+        if np.ndim(self.input_noise):
+            noise = np.asarray(self.input_noise, dtype=float)
+            if noise.shape != self._row_shape or not (noise >= 0).all():
+                raise ValueError(
+                    f"input_noise must be a number or one number for each feature, shape {self._row_shape}, zero or positive; "
+                    f"got {self.input_noise!r}."
+                )
+
+    def _build_module(self) -> nn.Module:
+        """A fresh module from the factory, on the device; raises TypeError if the factory makes no module."""
+        factory: Any = MLP() if self.module is None else self.module
+        if isinstance(factory, nn.Module):
+            raise TypeError(
+                f"{type(self).__name__}(module={self.module!r}): expected a factory (n_features_in, n_outputs) -> nn.Module, "
+                "such as MLP() or model_factory(function); a built module cannot be trained afresh for every fold."
+            )
+        n_features_in: Any = self.n_features_in_ if len(self._row_shape) == 1 else self._row_shape
+        if self._columns is not None:
+            n_features_in = {name: len(columns) for name, columns in self._columns.items()}
+        module = factory(n_features_in, self.n_outputs_)
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"The factory {self.module!r} returned {type(module).__name__}, not a torch.nn.Module.")
+        refuse_modules(module)
+        if not any(p.requires_grad for p in module.parameters()):
+            raise ValueError(f"The factory {self.module!r} returned a module without trainable parameters.")
+        return module.to(device=self.device, dtype=_DTYPES[self.dtype])
+
+    def _make_objective(
+        self, module: nn.Module, *, reach: Mapping[str, list[Reach]] | None = None, folds: int = 1
+    ) -> Objective:
+        loss = as_loss(self.criterion, self._losses)
+        return Objective(
+            module,
+            loss,
+            fixed=self._loss_values(),
+            reach=reach,
+            penalty=self.penalty,
+            augment=self.augment,
+            inputs=self._columns,
+            folds=folds,
+        )
+
+    def _make_optimizer(
+        self, params: list[nn.Parameter], steps: int
+    ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        """The estimator's optimizer and its schedule over a run of so many steps."""
+        make = _OPTIMIZERS[self.optimizer] if isinstance(self.optimizer, str) else self.optimizer
+        optimizer = make(params, lr=self.lr)
+        return optimizer, scheduled(optimizer, _LR_SCHEDULES[self.lr_schedule], steps)
+
+    def _check_outputs(self, objective: Objective, x: Tensor) -> None:
+        try:
+            outputs = objective.predict(objective.initial_weights()[None], x[None])[0]
+        except (RuntimeError, IndexError, TypeError) as error:
+            raise ValueError(
+                f"The module of {self.module!r} does not run on rows of shape {tuple(x.shape[1:])}: {error}"
+            ) from error
+        if outputs.shape != (len(x), self.n_outputs_):
+            raise ValueError(
+                f"The module of {self.module!r} maps {len(x)} rows to shape {tuple(outputs.shape)}; expected "
+                f"({len(x)}, {self.n_outputs_}): one column per {'class' if isinstance(self, ClassifierMixin) else 'output'}."
+            )
+
+    def _adopt(self, module: nn.Module) -> Self:
+        """Become a fitted estimator around a trained module."""
+        self.module_ = module.eval().requires_grad_(False)
+        self.n_iter_ = self.max_epochs
+        return self
+
+    def _why_not(self, name: str) -> str | None:
+        if name == "label_smoothing" and not isinstance(self.criterion, str):
+            return (
+                f"needs criterion='cross_entropy' or 'squared_error' on the estimator, got {self.criterion!r}: a "
+                "callable's targets cannot be smoothed"
+            )
+        return None
+
+    def _loss_values(self) -> dict[str, Any]:
+        names = [name for name in LOSS_HYPERPARAMETERS if name != "sample_weight"]  # the rows bring theirs with them
+        return {name: getattr(self, name) for name in names if hasattr(self, name)}
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        """A private copy as a tensor of the estimator's dtype on its device."""
+        contiguous = np.array(array, dtype=np.dtype(self.dtype), order="C")
+        return torch.from_numpy(contiguous).to(self.device)
+
+    def _outputs(self, X: Any) -> np.ndarray:
+        """Raw outputs of the fitted module, (n_samples, n_outputs)."""
+        check_is_fitted(self, "module_")
+        X = validate_data(self, X, dtype="numeric", allow_nd=True, reset=False)
+        with torch.no_grad():
+            parts = []
+            for i in range(0, len(X), _PREDICT_ROWS):
+                args, kwargs = arguments(self._tensor(X[i : i + _PREDICT_ROWS]), self._columns)
+                parts.append(self.module_(*args, **kwargs))
+        return torch.cat(parts).cpu().double().numpy()
+
+    def _learn_targets(self, y: np.ndarray, sample_weight: np.ndarray | None, all_y: Any) -> None:
+        raise NotImplementedError
+
+    def _encode_targets(self, y: np.ndarray) -> Tensor:
+        raise NotImplementedError
+
+
+def fingerprint(*arrays: Any) -> str:
+    """The same for the same arrays or tensors, in any process."""
+    return joblib.hash([a.cpu().numpy() if isinstance(a, Tensor) else a for a in arrays])
+
+
+def scheduled(
+    optimizer: torch.optim.Optimizer, schedule: Callable[[float], float], steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Multiply the learning rate by ``schedule(progress)``, progress from 0 to 1 over so many steps."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(min(step / steps, 1.0)))
