@@ -63,14 +63,15 @@ class Minibatches(Iterator[Batch]):
     folds : sequence of K Rows
     batch_size : int
         B is this or the size of the smallest fold.
-    seed : int
-        The order depends on it alone, and is for each fold what it would be without the others.
+    seed : int or sequence of K int
+        One for all folds, or each its own. The order depends on it alone, and is for each fold what it would be without the others.
     """
 
-    def __init__(self, folds: Sequence[Rows], batch_size: int, *, seed: int):
+    def __init__(self, folds: Sequence[Rows], batch_size: int, *, seed: int | Sequence[int]):
         self.folds = list(folds)
         self.batch_size = min(batch_size, *(len(rows.x) for rows in folds))
-        self.generators = [torch.Generator().manual_seed(seed) for _ in folds]
+        seeds = [seed] * len(self.folds) if isinstance(seed, int) else seed
+        self.generators = [torch.Generator().manual_seed(own) for own in seeds]
         self._queues = [torch.empty(0, dtype=torch.long) for _ in folds]
         self._weights = [None if rows.weight is None else rows.weight / rows.weight.mean() for rows in folds]
 

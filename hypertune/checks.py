@@ -124,7 +124,8 @@ class _Probe(HyperTrainingSearchCV):
         setup = self._set_up()
         response, _ = self._tuner(setup, setup.current)(setup.folds, grain_scale=None)
         assert response.hypergradient is not None
-        self.check = self.oracle(setup, response.hypergradient.double())
+        at = setup.space.encode(response.params)  # where λ̂ was held
+        self.check = self.oracle(setup._replace(current=at), response.hypergradient.double())
         self._known.append(response)
         return [response.params]
 

@@ -24,6 +24,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import joblib
 from sklearn.base import BaseEstimator
 from torch import nn
 
@@ -115,7 +116,12 @@ class ModelFactory:
     def __reduce__(self) -> tuple[Any, ...]:
         # A decorated function is found under its own name only as the factory that replaced it.
         if isinstance(_lookup(self.function), ModelFactory):
-            return _from_decorated, (self.function.__module__, self.function.__qualname__, self._params)
+            module = self.function.__module__
+            # Worker processes have a main module of their own: what a script defines goes to them by value.
+            by_value = None
+            if module == "__main__":
+                by_value = joblib.wrap_non_picklable_objects(functools.partial(self.function), keep_wrapper=False)
+            return _from_decorated, (module, self.function.__qualname__, self._params, by_value)
         return _from_function, (self.function, self._params)
 
 
@@ -187,8 +193,11 @@ def _lookup(function: Callable[..., Any]) -> Any:
     return getattr(module, getattr(function, "__qualname__", ""), None)
 
 
-def _from_decorated(module: str, qualname: str, params: dict[str, Any]) -> ModelFactory:
-    decorated: ModelFactory = getattr(importlib.import_module(module), qualname)
+def _from_decorated(module: str, qualname: str, params: dict[str, Any], by_value: Any = None) -> ModelFactory:
+    here = importlib.import_module(module)
+    if by_value is not None and not isinstance(getattr(here, qualname, None), ModelFactory):
+        return _from_function(by_value.func, params)
+    decorated: ModelFactory = getattr(here, qualname)
     return _from_function(decorated.function, params)
 
 

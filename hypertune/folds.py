@@ -58,6 +58,8 @@ def make_folds(
 ) -> list[Fold]:
     """One fold for each pair of (numbers of training rows, numbers of validation rows).
 
+    Raises ValueError if there is none, or if the steps before the net give rows of other shapes in other folds.
+
     Parameters
     ----------
     fit_params : mapping from str to object
@@ -65,7 +67,16 @@ def make_folds(
     weighs_rows : bool
         Whether a weight for each row is among the hyperparameters.
     """
-    return [_fold(estimator, X, y, train, valid, fit_params, weighs_rows) for train, valid in splits]
+    folds = [_fold(estimator, X, y, train, valid, fit_params, weighs_rows) for train, valid in splits]
+    if not folds:
+        raise ValueError("No fits were performed. Was the CV iterator empty? Were there no candidates?")
+    if len({fold.train.x.shape[1:] for fold in folds}) > 1:
+        raise ValueError(
+            f"The steps before the net give rows of other shapes in other folds: {[tuple(fold.train.x.shape[1:]) for fold in folds]}. "
+            "All folds are trained together, so their nets must be of one size: fix what the steps make of the columns "
+            "(categories=... or min_frequency=... of an encoder, a number of features of a selection), or encode X before the search."
+        )
+    return folds
 
 
 def _fold(

@@ -32,6 +32,10 @@ def choose_scale(tune: Callable[[list[Fold], float], BestResponse], folds: list[
         A whole hyper-training.
     folds : list of Fold
     """
+    if min(len(fold.valid.x) for fold in folds) < 2:
+        raise ValueError(
+            "grain_scale='auto' compares settings on halves of each fold's validation rows, and a fold has one row; give a number."
+        )
     first, second = zip(*(_halves(fold) for fold in folds), strict=True)
     losses = []
     for scale in SCALES:

@@ -72,7 +72,7 @@ class ImplicitAdjoint:
         at, b = Linearisation(problem, w, lam_hat), G[:, 0]
         self._calls += 1
         P, own = self._preconditioner(at), self.description
-        damping = 1 / (pace(self.weight_optimizer) * own.horizon)
+        damping = 1 / (own.horizon if own.inner == "newton" else pace(self.weight_optimizer) * own.horizon)
 
         def A(v: Tensor) -> Tensor:
             return at.hessian(v).addcmul_(P, v, value=damping)
@@ -133,7 +133,7 @@ class ImplicitAdjoint:
         # ‖P⁻¹ A q‖ / ‖q‖ in the norm of P: a lower bound of the largest eigenvalue, close to it before q could diverge.
         sharpness = (_dot(A_q / P, A_q) / _dot(P * q, q).clamp(min=1e-30)).sqrt()
         self._sharpness = torch.maximum(sharpness, 0.99 * self._sharpness)
-        lr = step_size(self.weight_optimizer)
+        lr = 1.0 if self.description.inner == "newton" else step_size(self.weight_optimizer)
         return torch.addcdiv(q, (b - A_q).mul_(lr / (1 + lr * self._sharpness)), P)
 
 
@@ -153,10 +153,11 @@ def conjugate_gradients(
     r = b - A(q) if q.any() else b
     z = r / P
     p, rz, enough = z, _dot(r, z), tolerance**2 * _dot(b, b)
+    going = torch.ones_like(rz, dtype=torch.bool)
     for _ in range(iterations):
         A_p = A(p)
         curvature = _dot(p, A_p)
-        going = (curvature > 0) & (_dot(r, r) > enough)
+        going = going & (curvature > 0) & (_dot(r, r) > enough)
         if not going.any():
             break
         alpha = torch.where(going, rz / curvature, 0.0)
@@ -172,7 +173,7 @@ def nystrom(H: Callable[[Tensor], Tensor], b: Tensor, damping: Tensor, rank: int
 
     Scaled by the damping's root on both sides, so that what is approximated has the damping 1. All (K, D).
     """
-    root = damping.sqrt()
+    root, rank = damping.sqrt(), min(rank, b.shape[1])
     omega = torch.randn(rank, *b.shape, dtype=b.dtype, device=b.device)
     Omega = torch.linalg.qr(omega.permute(1, 2, 0))[0]  # (K, D, rank)
     Y = torch.stack([H(Omega[..., i] / root) / root for i in range(rank)], dim=-1)

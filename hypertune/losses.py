@@ -72,17 +72,25 @@ def nats_per_unit(loss: Loss, value: Tensor, outputs: int) -> Tensor:
 class CustomLoss:
     """A user's ``criterion(outputs, targets)`` as a per-row loss.
 
-    A criterion that returns one number per row is used as it is; one that returns the batch mean is repeated over the
-    rows, which is the same training loss as long as rows carry no weights.
+    A criterion that returns one number per row is used as it is (one of torch's with ``reduction="none"`` is averaged over a row's
+    outputs); one that returns the batch mean is repeated over the rows, which is the same training loss as long as rows carry no
+    weights. ``weighted`` says that they do.
     """
 
     criterion: Callable[[Tensor, Tensor], Tensor]
 
-    def __call__(self, outputs: Tensor, y: Tensor, smoothing: Value = 0.0) -> Tensor:
+    def __call__(self, outputs: Tensor, y: Tensor, smoothing: Value = 0.0, *, weighted: bool = False) -> Tensor:
         if not is_zero(smoothing):
             raise ValueError("label_smoothing needs criterion='cross_entropy' or 'squared_error', not a callable.")
         loss = self.criterion(outputs, y)
         rows = y.shape[0]
+        if getattr(self.criterion, "reduction", None) == "none" and loss.dim() > 1:
+            loss = loss.flatten(1).mean(dim=1)
+        if weighted and loss.dim() == 0:
+            raise ValueError(
+                f"criterion {self.criterion!r} returned the mean of {rows} rows, in which sample_weight has no part; return one "
+                f"number per row, shape ({rows},) (of torch's losses give the class, or reduction='none')."
+            )
         if loss.shape not in ((), (rows,)):
             raise ValueError(
                 f"criterion {self.criterion!r} returned shape {tuple(loss.shape)} for {rows} rows; "
@@ -95,4 +103,7 @@ def as_loss(criterion: Any, losses: Mapping[str, Loss]) -> Loss:
     """The per-row loss for ``criterion=``: a name out of ``losses``, a callable, or a class such as ``nn.HuberLoss``."""
     if isinstance(criterion, str):
         return losses[criterion]
-    return CustomLoss(criterion() if inspect.isclass(criterion) else criterion)  # type: ignore[arg-type]
+    if inspect.isclass(criterion):
+        by_row = {"reduction": "none"} if "reduction" in inspect.signature(criterion).parameters else {}
+        return CustomLoss(criterion(**by_row))
+    return CustomLoss(criterion)

@@ -68,7 +68,10 @@ def plain_layers(module: nn.Module) -> list[tuple[str, nn.Module]] | None:
     """
     if type(module) is not nn.Sequential or module._forward_hooks or module._forward_pre_hooks:
         return None
-    layers = list(module.named_children())
+    layers = [(name, layer) for name, layer in module._modules.items() if layer is not None]  # with those that recur
+    recur = [layer for i, (_, layer) in enumerate(layers) if any(layer is before for _, before in layers[:i])]
+    if any(isinstance(layer, nn.Linear) for layer in recur):
+        return None  # its parameters have the first name only
     for _, layer in layers:
         flat = type(layer) is nn.Flatten and (layer.start_dim, layer.end_dim) == (1, -1)
         if not (flat or type(layer) in (*_ELEMENTWISE, nn.Linear, TensorDropout)):
@@ -82,8 +85,9 @@ def run_layers(layers: list[tuple[str, nn.Module]], named: Mapping[str, Tensor],
     """M models at once: parameters by name, each (M, *shape), and rows x (M, B, ...) → outputs (M, B, outputs)."""
     for name, layer in layers:
         if type(layer) is nn.Linear:
-            weight = named[f"{name}.weight"].transpose(1, 2)
-            x = torch.baddbmm(named[f"{name}.bias"][:, None], x, weight) if layer.bias is not None else x @ weight
+            weight, rows = named[f"{name}.weight"].transpose(1, 2), x.flatten(1, -2)
+            y = torch.baddbmm(named[f"{name}.bias"][:, None], rows, weight) if layer.bias is not None else rows @ weight
+            x = y if x.dim() == 3 else y.unflatten(1, x.shape[1:-1])
         elif type(layer) is TensorDropout:
             x = layer.of_models(x)
         elif type(layer) is nn.Flatten:
@@ -106,10 +110,12 @@ def with_tensor_dropout(module: nn.Module) -> nn.Module:
     module = copy.deepcopy(module, {id(p): p for p in module.parameters()})
     if type(module) in _STOCK_DROPOUT:
         return TensorDropout(module.p, _STOCK_DROPOUT[type(module)])  # type: ignore[arg-type]
+    ours: dict[nn.Module, TensorDropout] = {}  # one that recurs stays one
     for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) in _STOCK_DROPOUT:
-                setattr(parent, name, TensorDropout(child.p, _STOCK_DROPOUT[type(child)]))  # type: ignore[arg-type]
+        for name, child in list(parent._modules.items()):
+            if child is not None and type(child) in _STOCK_DROPOUT:
+                ours.setdefault(child, TensorDropout(child.p, _STOCK_DROPOUT[type(child)]))  # type: ignore[arg-type]
+                setattr(parent, name, ours[child])
     return module
 
 

@@ -273,10 +273,7 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
             own = self._own_sample_weight(X, y)
             sample_weight = own if sample_weight is None else own * sample_weight
         if sample_weight is not None:
-            kept = sample_weight > 0
-            if not kept.any():
-                raise ValueError("sample_weight is zero for every row.")
-            X, y, sample_weight = X[kept], y[kept], sample_weight[kept]
+            X, y, sample_weight = _with_weight(X, y, sample_weight)
             weight = self._tensor(sample_weight)
         self._learn_targets(y, sample_weight, y if all_y is None else all_y)
         return Rows(self._tensor(X), self._encode_targets(y), weight)
@@ -284,7 +281,10 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
     def _encode_more(self, X: Any, y: Any, sample_weight: Any = None) -> Rows:
         """Further rows (a validation fold) under what :meth:`_encode` learned."""
         X, y = validate_data(self, X, y, **self._checks, reset=False)
-        weight = None if sample_weight is None else self._tensor(_check_sample_weight(sample_weight, X))
+        weight = None
+        if sample_weight is not None:
+            X, y, sample_weight = _with_weight(X, y, _check_sample_weight(sample_weight, X, ensure_non_negative=True))
+            weight = self._tensor(sample_weight)
         return Rows(self._tensor(X), self._encode_targets(y), weight)
 
     def _note_rows(self, X: Any, y: Any, number: np.ndarray) -> None:
@@ -435,6 +435,14 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
 
     def _encode_targets(self, y: np.ndarray) -> Tensor:
         raise NotImplementedError
+
+
+def _with_weight(X: np.ndarray, y: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The rows whose weight is not zero."""
+    kept = weight > 0
+    if not kept.any():
+        raise ValueError("sample_weight is zero for every row.")
+    return X[kept], y[kept], weight[kept]
 
 
 def fingerprint(*arrays: Any) -> str:

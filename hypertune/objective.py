@@ -152,7 +152,7 @@ class Objective:
         self._shapes = {k: p.shape for k, p in parameters.items()}
         self._sizes = [p.numel() for p in parameters.values()]
         self._constants = {k: p.detach() for k, p in module.named_parameters() if not p.requires_grad}
-        self._buffers = [{k: b.detach().clone() for k, b in module.named_buffers()} for _ in range(folds)]
+        self.keep_statistics_of(folds)
         self.D = sum(self._sizes)
         self._like = next(iter(parameters.values()), torch.zeros(0)).detach().new_empty(0)
         self._penalised = [k for k, p in parameters.items() if p.dim() > 1 or penalise_biases]
@@ -163,6 +163,15 @@ class Objective:
     def initial_weights(self) -> Tensor:
         """The module's own parameters as one vector, shape (D,)."""
         return flat_weights(self._modules[True])
+
+    def keep_statistics_of(self, models: int) -> None:
+        """Begin with the module's own buffers for so many models, each of which keeps its own from here on."""
+        own = dict(self._modules[True].named_buffers())
+        self._buffers = [{k: b.detach().clone() for k, b in own.items()} for _ in range(models)]
+
+    def forget_statistics_but_of(self, folds: int) -> None:
+        """Let go of the buffers of all but the first so many models."""
+        del self._buffers[folds:]
 
     def forget_weights(self) -> None:
         """Make those parameters zeros that take no memory: for a caller who has weights of its own."""
@@ -262,6 +271,10 @@ class Objective:
     def load_into(self, module: nn.Module, w: Tensor, fold: int = 0) -> nn.Module:
         """Copy one model's weights w (D,) and its fold's buffers into a module of the same architecture."""
         state = {**self._buffers[fold], **self._constants, **self.named(w.detach())}
+        if (names := {name for name, _ in module.named_parameters()}) != self._shapes.keys() | self._constants.keys():
+            raise ValueError(
+                f"The factory built a module with other parameters than before: {sorted(names)} and not {sorted(self._shapes)}."
+            )
         with torch.no_grad():
             for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
                 if name in state:
@@ -400,7 +413,8 @@ class Objective:
 
     def _mean_loss(self, outputs: Tensor, batch: Batch, smoothing: Value) -> Tensor:
         if isinstance(self.loss, CustomLoss):  # may return a mean: one model at a time
-            per_row = torch.stack([self.loss(o, y, smoothing) for o, y in zip(outputs, batch.y, strict=True)])
+            own = partial(self.loss, smoothing=smoothing, weighted=batch.weight is not None)
+            per_row = torch.stack([own(o, y) for o, y in zip(outputs, batch.y, strict=True)])
         else:
             if isinstance(smoothing, Tensor):
                 smoothing = smoothing[:, None]

@@ -40,10 +40,18 @@ def set_rng_state(state: tuple[torch.Tensor, torch.Tensor | None], device: torch
         torch.cuda.set_rng_state(state[1], device)
 
 
+def seed_torch(seed: int, device: str = "cpu") -> None:
+    """Seed torch's global generators of the CPU and of this device, and of no other."""
+    torch.default_generator.manual_seed(seed)
+    if torch.device(device).type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+
+
 @contextmanager
 def isolated(seed: int, device: str = "cpu") -> Iterator[None]:
     """Seed torch's global generators inside the block and restore them after it, whatever happens."""
     devices = [torch.device(device)] if torch.device(device).type == "cuda" else []
     with _ONE_AT_A_TIME, torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+        seed_torch(seed, device)
         yield

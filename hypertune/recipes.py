@@ -145,6 +145,10 @@ def _check(chosen: Description, asked: Any, space: Space, differentiable: Tensor
             f"algorithm={asked!r} differentiates the training loss by every hyperparameter, and there is no such derivative for "
             f'{names}: numbers inside the module (a dropout rate) and augmentations. Use "joint", "global", "simplified" or "hybrid".'
         )
+    if isinstance(chosen, Forward) and (names := [h.name for h in space.hyperparameters if h.grain == "row"]):
+        raise ValueError(
+            f'algorithm={asked!r} cannot tune the weights of rows ({names[0]!r}). Use "auto" or "implicit".'
+        )
     if isinstance(chosen, Forward) and space.n > _FEW:
         raise ValueError(
             f"algorithm={asked!r} keeps a copy of the weights for each hyperparameter, and takes a second derivative for "
@@ -199,7 +203,7 @@ def stream(
                 )
             yield from joint(
                 problem, phi, lam_hat, optimizer, lam_optimizer,
-                sigma=sigma, m=m or 2, generator=generator, unroll=unroll, **common,
+                sigma=sigma, m=m or (1 if implicit.all() else 2), generator=generator, unroll=unroll, **common,
             )  # fmt: skip
         case "simplified":
             yield from simplified(problem, phi, lam_hat, optimizer, lam_optimizer, **common)

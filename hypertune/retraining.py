@@ -19,7 +19,7 @@ from hypertune.batches import Minibatches, Rows
 from hypertune.hyperprior import vertex
 from hypertune.net import TorchEstimator, fingerprint
 from hypertune.objective import Objective, flat_weights
-from hypertune.randomness import draw_seed, isolated
+from hypertune.randomness import draw_seed, isolated, seed_torch
 from hypertune.response import Fold, full_losses
 from hypertune.space import Space
 from hypertune.training import make_values
@@ -29,6 +29,10 @@ _SCREENED_WEIGHTS = 600_000  # beyond it the models of a screening cost what eac
 _LINE = (0.4, 0.5, 0.6, 0.7)  # quantiles
 _SCREENED_STEPS = 150  # a screening is at least so long, or as long as a fit
 _SCREENED_SHARE = 1 / 3
+# Optimizers that move each number by itself, so that many models are trained by one of them as each would be by its own.
+_ELEMENTWISE = tuple(
+    getattr(torch.optim, name) for name in ("Adam", "AdamW", "SGD", "RMSprop", "Adagrad", "Adamax", "NAdam", "RAdam")
+)
 
 
 @dataclass
@@ -127,15 +131,14 @@ def retrain(
 ) -> Retrained | None:
     """Train C settings (C, n) on all folds; None where they cannot be stacked or someone wants to watch each fit.
 
-    ``epochs`` is the net's own ``max_epochs`` unless given.
+    ``epochs`` is the net's own ``max_epochs`` unless given; fits of another length are nobody's to watch.
     """
     net = folds[0].net
     K, C = len(folds), len(lam)
     if (
         not isinstance(net, TorchEstimator)
         or not objective.stacked
-        or net.verbose
-        or hasattr(net, "_skl_callbacks")
+        or (epochs is None and (net.verbose or hasattr(net, "_skl_callbacks")))
         or K * C * objective.D > _MOST_WEIGHTS
         or any(h.grain == "row" for h in space.hyperparameters)
     ):
@@ -150,11 +153,14 @@ def retrain(
     with isolated(seed, net.device):
         w0 = []
         for fold in folds:
-            torch.manual_seed(seed)  # each fit begins with it
+            seed_torch(seed, net.device)  # each fit begins with it
             w0.append(flat_weights(fold.net._build_module()))
         w = nn.Parameter(torch.stack(w0)[:, None].repeat(1, C, 1))
         values = make_values(space, prefix, objective, net)(lam.to(w), K)
         optimizer, schedule = net._make_optimizer([w], epochs * per_epoch)
+        hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+        if type(optimizer) not in _ELEMENTWISE or hooks:
+            return None
         curves = torch.zeros(epochs, K, C, device=w.device, dtype=w.dtype)
         for number in range(epochs * per_epoch):
             loss = objective.train_loss(w.flatten(0, 1), values, next(stream).repeat(C)).view(K, C)

@@ -86,7 +86,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
     start : {"screened", "estimator"}, default="screened"
         Where the hyperparameters start: at the best of a handful of settings that are trained together in one stacked pass
         first, or at the estimator's own setting. Screened are small models only, for which that is nearly free, that can be stacked;
-        and not with ``evaluate="hypernetwork"``, ``algorithm="global"``, callbacks, a verbose net or weights of rows.
+        and not with ``evaluate="hypernetwork"``, ``algorithm="global"``, skorch nets or weights of rows.
     evaluate : {"retrain", "hypernetwork"}, default="retrain"
         How the candidates are scored: by retraining each from scratch on every fold, or (the paper's return value, for
         the tuned setting only) by the weights that the hypernetwork gives, which retrains nothing.
@@ -316,17 +316,17 @@ class HyperTrainingSearchCV(BaseSearchCV):
         if isinstance(self.cv, Iterator):  # it is gone through twice: by the hyper-training and by the verification
             self.cv = list(self.cv)
         net = last_step(self.estimator)
-        if isinstance(net, TorchEstimator):
-            # The clones of this one look here for weights that are known already, and for the numbers of their rows.
-            self.estimator = clone(self.estimator)
-            self._known: list[Any] = []
-            last_step(self.estimator)._known = self._known
-            if net.sample_weight is not None or self._weighs_rows():
-                last_step(self.estimator)._row_numbers = {}
-        elif self.evaluate == "hypernetwork":
-            raise ValueError("evaluate='hypernetwork' needs a TorchClassifier or TorchRegressor; use 'retrain'.")
-        self._inputs = indexable(X, y)
         try:
+            if isinstance(net, TorchEstimator):
+                # The clones of this one look here for weights that are known already, and for the numbers of their rows.
+                self.estimator = clone(self.estimator)
+                self._known: list[Any] = []
+                last_step(self.estimator)._known = self._known
+                if net.sample_weight is not None or self._weighs_rows():
+                    last_step(self.estimator)._row_numbers = {}
+            elif self.evaluate == "hypernetwork":
+                raise ValueError("evaluate='hypernetwork' needs a TorchClassifier or TorchRegressor; use 'retrain'.")
+            self._inputs = indexable(X, y)
             super().fit(X, y, **params)
         finally:
             getattr(self, "_known", []).clear()  # the nets of best_response_ know the same list
@@ -350,6 +350,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
             )
         routed = super()._get_routed_params_for_fit(params)
         self._routed = routed
+        self.cv = _DrawnOnce(check_cv(self.cv, self._inputs[1], classifier=is_classifier(self.estimator)))
         return routed
 
     def _init_callback_context(
@@ -376,11 +377,12 @@ class HyperTrainingSearchCV(BaseSearchCV):
         """Hyper-train, and return the settings to verify. A subclass may put any other proposal in its place."""
         space, prefix, folds, objective, current, _ = setup = self._set_up()
         start = None
-        if self._may_retrain_together() and self.start == "screened" and self.algorithm != "global":
+        if self.evaluate == "retrain" and self.start == "screened" and self.algorithm != "global":
             start = screen(space, prefix, folds, objective, current)
         tune, grain_scale = self._tuner(setup, current if start is None else start), self.grain_scale
         if isinstance(grain_scale, str):
-            grain_scale = choose_scale(lambda some, scale: tune(some, grain_scale=scale)[0], folds)
+            held = space.mask(lambda h: h.size > 1 and h.grain != "row").any()
+            grain_scale = choose_scale(lambda some, scale: tune(some, grain_scale=scale)[0], folds) if held else None
         with self._hyper_training_task(self._epochs()) as end_epoch:
             response, history = tune(folds, grain_scale=grain_scale, end_epoch=end_epoch)
         self.history_ = history | {"grain_scale": grain_scale}
@@ -464,8 +466,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
     def _folds(self) -> list[Fold]:
         """The splits of ``cv``, as scikit-learn would give them to the estimator."""
         X, y = self._inputs
-        cv = check_cv(self.cv, y, classifier=is_classifier(self.estimator))
-        splits = cv.split(X, y, **self._routed.splitter.split)
+        splits = self.cv.split(X, y, **self._routed.splitter.split)
         return make_folds(self.estimator, X, y, splits, self._routed.estimator.fit, weighs_rows=self._weighs_rows())
 
     # --- refusals, before anything is computed ----------------------------------------------------------------------------
@@ -494,6 +495,21 @@ class HyperTrainingSearchCV(BaseSearchCV):
                     f"{where}: its current value {valid[name]!r} is not a number, so there is no gradient to follow. Set it on "
                     "the estimator, or give it to an outer search (OptunaSearchCV, GridSearchCV)."
                 )
+
+
+class _DrawnOnce:
+    """A splitter whose splits are drawn once: the hyper-training and the verification see the same, whatever its ``random_state``."""
+
+    def __init__(self, cv: Any):
+        self.cv = cv
+
+    def get_n_splits(self, *args: Any, **kwargs: Any) -> Any:
+        return self.cv.get_n_splits(*args, **kwargs)
+
+    def split(self, *args: Any, **kwargs: Any) -> Any:
+        if not hasattr(self, "splits"):
+            self.splits = list(self.cv.split(*args, **kwargs))
+        return iter(self.splits)
 
 
 def _out_of_corners(space: Space, current: Tensor) -> Tensor:

@@ -216,7 +216,23 @@ class Hyperparameter:
     def decode(self, lam: Tensor) -> Tensor:
         """λ → value, elementwise, always inside the declared bounds."""
         value = lam.exp() if self.coordinate == "log" else self.unit * lam
-        return (value + self.offset if self.offset else value).clamp(*self.support)
+        inside: Tensor = _Inside.apply(value + self.offset if self.offset else value, *self.support)
+        return inside
+
+
+class _Inside(torch.autograd.Function):
+    """Clamped, with the derivative of what was clamped: λ is in its box, and its value outside by rounding at most.
+
+    With the derivative of ``clamp`` a λ at a bound that rounds to the wrong side of it would never leave it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, low: float, high: float) -> Tensor:
+        return value.clamp(low, high)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad, None, None
 
 
 def _broadcast(value: Any, shape: tuple[int, ...], name: str) -> np.ndarray:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -97,12 +97,18 @@ def hyper_train(
             n_inits = min(_MOST_INITS, _INITS_WEIGHTS // (K * objective.D)) if several else 1
         models = folds * max(n_inits, 1)
         w0 = torch.stack([flat_weights(fold.net._build_module()) for fold in models])
-        lam_hat = start.to(w0)
-        train_batches = Minibatches([fold.train for fold in models], net.batch_size, seed=seed)
-        problem = _problem(space, prefix, objective, models, train_batches, seed, w0)
+        lam_hat = start.to(w0, copy=True)
+        objective.keep_statistics_of(len(models))
+        seeds = [
+            seed + 2 * (i // K) for i in range(len(models))
+        ]  # each of the initial weights has minibatches of its own
+        train_batches = Minibatches([fold.train for fold in models], net.batch_size, seed=seeds)
+        problem = _problem(space, prefix, objective, models, train_batches, seeds, w0)
         center = lam_hat.clone() if recipe.name in ("global", "simplified") else lam_hat
         if recipe.name == "simplified":  # with V = 0 at a distance from λ̂, larger λ begins by meaning: closer to w₀
-            center = torch.minimum(center + _SIMPLIFIED_OFFSET, problem.high)
+            up = torch.minimum(center + _SIMPLIFIED_OFFSET, problem.high)
+            down = torch.maximum(center - _SIMPLIFIED_OFFSET, problem.low)
+            center = torch.where(up - center >= center - down, up, down)
         phi = recipe.builder(hypernetwork).build(w0, center, _layout(space, prefix, net, objective, folds[0].train.x))
         del w0  # large models have no memory for two
         response = BestResponse(space, prefix, {}, phi, objective, folds)
@@ -150,6 +156,7 @@ def hyper_train(
         for _ in range(_SETTLING if objective.has_statistics else 0):  # running statistics at the tuned setting
             settle(problem, phi, average, next(train_batches))
     phi.keep(K)  # the other initial weights have done their part
+    objective.forget_statistics_but_of(K)
     response.params = space.decode(average)
     response.hypergradient = trace.slope.cpu()
     phi.center = phi.center.detach().clone()
@@ -216,11 +223,11 @@ def _problem(
     objective: Objective,
     folds: list[Fold],
     train_batches: Minibatches,
-    seed: int,
+    seeds: Sequence[int],
     like: Tensor,
 ) -> Problem:
     valid_batches = Minibatches(
-        [fold.valid for fold in folds], max(folds[0].net.batch_size, _VALID_BATCH), seed=seed + 1
+        [fold.valid for fold in folds], max(folds[0].net.batch_size, _VALID_BATCH), seed=[seed + 1 for seed in seeds]
     )
 
     train_loss = make_train_loss(space, prefix, objective, folds[0].net, train_batches)

@@ -6,6 +6,7 @@ Everything else is refused here, by name, before anything is trained.
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -104,6 +105,17 @@ def find_reaches(net: Net, space: Space, prefix: str) -> dict[str, list[Reach]]:
         taken = {(r.path, r.name) for key, found in reaches.items() if key != own for r in found}
         if both := [f"{r.path}.{r.name}" for r in reaches[own] if (r.path, r.name) in taken]:
             raise ValueError(f"{where}: {both[0]} is set by another tuned keyword too; tune one of them.")
+        for value in (*h.support, float(net.get_params()[own])):  # where λ̂ may get, and where it may start
+            if not math.isfinite(value):
+                continue
+            there = build(value)
+            parameters = [[(k, p.shape) for k, p in m.named_parameters()] for m in (module, there)]
+            paths = {path for path, _ in there.named_modules()}
+            if parameters[0] != parameters[1] or any(r.path not in paths for r in reaches[own]):
+                raise ValueError(
+                    f"{where}: at {value:g} the factory builds other layers. Build the same ones at every value "
+                    "(nn.Dropout(0.0) does nothing)."
+                )
     return reaches
 
 

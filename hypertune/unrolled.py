@@ -161,7 +161,8 @@ class Tangent:
 
     def step(self, problem: Problem, lam_hat: Tensor) -> Tensor:
         """One step of both; L_Train (), mean over folds, before it."""
-        V, at = self.hypernetwork.maps[0].V, Linearisation(problem, self.hypernetwork.w0[:, None], lam_hat)
+        V = self.hypernetwork.maps[0].V
+        at = Linearisation(problem, self.hypernetwork.w0.data[:, None].clone(), lam_hat)
         change = at.forward(V.data)
         settle(problem, self.hypernetwork, lam_hat, at.x)
         self.phi_optimizer.step_at_center(at.g.detach()[:, 0])

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -234,3 +236,26 @@ def test_callbacks_see_every_epoch_with_a_model_that_predicts_and_may_stop(iris)
     assert len(clone(model).set_callbacks(monitor).fit(*iris).loss_curve_) == 20
     assert monitor.get_logs().data_as_pandas["accuracy"].tolist()[:7] == StopAfter.scores
     assert stopped.loss_curve_ == model.fit(*iris).loss_curve_[:7]  # watching changes nothing
+
+
+def test_a_decorated_function_of_a_script_reaches_worker_processes(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from sklearn.datasets import load_iris\n"
+        "from sklearn.model_selection import cross_val_score\n"
+        "from torch import nn\n"
+        "from hypertune import TorchClassifier, model_factory\n"
+        "@model_factory\n"
+        "def net(n, m, *, width=4):\n"
+        "    return nn.Sequential(nn.Linear(n, width), nn.ReLU(), nn.Linear(width, m))\n"
+        "if __name__ == '__main__':\n"
+        "    model = TorchClassifier(net, max_epochs=1, random_state=0)\n"
+        "    print(len(cross_val_score(model, *load_iris(return_X_y=True), cv=2, n_jobs=2)))\n"
+    )
+    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert run.stdout == "2\n", run.stderr
+
+
+def test_no_generator_of_another_device_is_seeded(iris, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("a fit on the CPU seeded CUDA"))
+    TorchClassifier(max_epochs=1, random_state=0).fit(*iris)

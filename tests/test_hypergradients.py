@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -438,3 +439,56 @@ def test_a_check_leaves_the_search_alone_and_refuses_what_is_not_convex(table):
         check_hypergradient(own, X, y)
     assert own.evaluate == "retrain"
     assert not hasattr(own, "history_")
+
+
+def test_a_fold_that_meets_negative_curvature_keeps_what_it_has_while_others_go_on():
+    H = torch.stack([torch.diag(torch.tensor(d, dtype=torch.float64)) for d in ([1.0, -0.5, 2.0], [1.0, 2.0, 4.0])])
+    b, zero = torch.ones(2, 3, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.float64)
+
+    def A(v: torch.Tensor) -> torch.Tensor:
+        return (H @ v[..., None])[..., 0]
+
+    first, second = conjugate_gradients(A, b, zero, torch.ones_like(b), 30)
+    alone = conjugate_gradients(lambda v: A(torch.cat([v, v]))[:1], b[:1], zero[:1], torch.ones_like(b[:1]), 30)
+    assert_close(first, alone[0])
+    assert_close(second, torch.tensor([1.0, 0.5, 0.25], dtype=torch.float64))
+
+
+def test_newton_steps_have_no_step_size_that_could_damp_the_hypergradient(exact: Exact):
+    """Whatever the optimizer that never runs."""
+
+    def own(lr: float) -> torch.Tensor:
+        weights = torch.optim.SGD([exact.hypernetwork.w0], lr=lr)
+        description = Implicit(solver="cg", iterations=20, inner="newton")
+        adjoint = ImplicitAdjoint(description, exact.everything, exact.hypernetwork, weights)
+        torch.manual_seed(0)
+        return adjoint.hypergradient(exact.problem, exact.w.detach(), exact.lam, exact.G)
+
+    assert_close(own(1e-3), own(1.0))
+    assert_close(own(1e-3), exact.hypergradient, rtol=0.1, atol=0.01)
+
+
+def test_nystrom_has_no_more_directions_than_there_are_weights(exact: Exact):
+    description = Implicit(solver="nystrom", iterations=50, horizon=1e8)
+    weights = torch.optim.SGD([exact.hypernetwork.w0], lr=0.3)
+    adjoint = ImplicitAdjoint(description, exact.everything, exact.hypernetwork, weights)
+    own = adjoint.hypergradient(exact.problem, exact.w.detach(), exact.lam, exact.G)
+    assert_close(own, exact.hypergradient, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_forward_mode_takes_any_adam_and_no_weights_of_rows(table):
+    X, y = table
+    own = search("forward", {"weight_decay": DECAY}, epochs=2)
+    own.estimator.set_params(optimizer=partial(torch.optim.Adam, betas=(0.9, 0.99)))
+    assert np.isfinite(own.fit(X, y).best_score_)
+    with pytest.raises(ValueError, match="cannot tune the weights of rows"):
+        search("forward", {"sample_weight": uniform(0, 2)}, epochs=2).fit(X[:60], y[:60])
+
+
+def test_a_check_is_where_lam_hat_was_held_and_not_at_a_bound(table):
+    """The estimator's weight decay of 0 is no place on a logarithmic axis: λ̂ starts inside, and so does the reference."""
+    X, y = table
+    net = TorchClassifier(MLP(hidden=()), lr=0.02, max_epochs=100, random_state=0)
+    own = HyperTrainingSearchCV(net, {"weight_decay": DECAY}, algorithm="implicit", cv=2, random_state=0)
+    assert check_hypergradient(own, X, y).cosine > 0.99

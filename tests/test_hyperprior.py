@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -111,3 +112,9 @@ def test_auto_keeps_the_values_together_where_features_do_not_differ():
         return search.fit(X, y).history_["grain_scale"]
 
     assert 0.5 <= chosen(12) < chosen(2) <= 4.0
+
+
+def test_a_fold_of_one_validation_row_has_no_halves():
+    fold = SimpleNamespace(valid=SimpleNamespace(x=torch.zeros(1, 2)))
+    with pytest.raises(ValueError, match="a fold has one row"):
+        choose_scale(lambda some, scale: None, [fold])

@@ -7,7 +7,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from hypertune.batches import Batch, Minibatches, Rows
-from hypertune.losses import CustomLoss, cross_entropy, one_hot_squared_error, squared_error
+from hypertune.losses import CustomLoss, as_loss, cross_entropy, one_hot_squared_error, squared_error
 from hypertune.modules import find_reach
 from hypertune.objective import Objective, _HalfSquares, half_squares
 
@@ -209,3 +209,83 @@ def test_penalties_have_the_derivatives_of_what_they_compute():
         assert torch.autograd.gradcheck(half_squares, (s, w))
         assert torch.autograd.gradgradcheck(half_squares, (s, w))
         torch.testing.assert_close(half_squares(s, w), 0.5 * (s * w.square()).sum((1, 2)))
+
+
+def _normed() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
+
+
+def test_every_model_may_keep_running_statistics_of_its_own(batch: Batch):
+    objective = Objective(_normed(), cross_entropy)
+    objective.try_stacking(batch.x[0], {})
+    objective.keep_statistics_of(3)
+    w = torch.randn(3, objective.D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    objective.train_loss(w, {}, Batch(batch.x[:1].repeat(3, 1, 1), batch.y[:1].repeat(3, 1)))
+    kept = [dict(b) for b in objective._buffers]
+    for i in range(3):
+        alone = Objective(_normed(), cross_entropy)
+        alone.try_stacking(batch.x[0], {})
+        alone.train_loss(w[i : i + 1], {}, Batch(batch.x[:1], batch.y[:1]))
+        assert torch.equal(kept[i]["1.running_mean"], alone._buffers[0]["1.running_mean"])
+    objective.forget_statistics_but_of(1)
+    assert len(objective._buffers) == 1
+
+
+def test_a_criterion_of_torchs_given_as_a_class_weighs_rows(batch: Batch):
+    outputs, y = torch.randn(5, 2), torch.randn(5, 2)
+    assert torch.allclose(as_loss(nn.MSELoss, {})(outputs, y, weighted=True), (outputs - y).square().mean(dim=1))
+    assert as_loss(nn.CrossEntropyLoss, {})(outputs, torch.zeros(5, dtype=torch.long)).shape == (5,)
+    with pytest.raises(ValueError, match="sample_weight has no part"):
+        as_loss(nn.MSELoss(), {})(outputs, y, weighted=True)
+
+
+def test_folds_may_have_seeds_of_their_own():
+    rows = Rows(torch.arange(20.0)[:, None], torch.zeros(20))
+    one, two, both = (Minibatches([rows] * k, 4, seed=seed) for k, seed in ((1, 0), (1, 7), (2, [0, 7])))
+    for _ in range(12):
+        assert torch.equal(next(both).x, torch.cat([next(one).x, next(two).x]))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda act, drop: nn.Sequential(nn.Linear(4, 8), act, drop, nn.Linear(8, 8), act, drop, nn.Linear(8, 3)),
+        lambda act, drop: nn.Sequential(nn.Sequential(nn.Linear(4, 8), act, drop), drop, act, nn.Linear(8, 3)),
+    ],
+)
+def test_a_layer_that_recurs_runs_wherever_it_stands(batch: Batch, build):
+    torch.manual_seed(0)
+    module = build(nn.Tanh(), nn.Dropout(0.5)).double()
+    objective = Objective(module, cross_entropy)
+    w, x = objective.initial_weights()[None], batch.x
+    assert_close(objective.predict(w, x)[0], module.eval()(x[0]))
+    assert sum(isinstance(m, nn.Dropout) for m in objective._modules[True].modules()) == 0
+    torch.manual_seed(1)  # the rates of both places are one number
+    for sub in objective._modules[True].modules():
+        if hasattr(sub, "channelwise"):
+            sub.p = 0.0
+    trained = objective._outputs(objective.named(w), x, {}, training=True)
+    assert_close(trained[0], module.eval()(x[0]))
+
+
+def test_a_linear_layer_that_recurs_keeps_its_one_weight(batch: Batch):
+    torch.manual_seed(0)
+    shared = nn.Linear(4, 4)
+    module = nn.Sequential(shared, nn.Tanh(), shared, nn.Linear(4, 3)).double()
+    objective = Objective(module, cross_entropy)
+    assert_close(objective.predict(objective.initial_weights()[None], batch.x)[0], module(batch.x[0]))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_layers_run_on_rows_of_more_dimensions(bias: bool):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 5, bias=bias), nn.ReLU(), nn.Flatten(), nn.Linear(10, 2))
+    objective, x = Objective(module, cross_entropy), torch.randn(2, 2, 2, 3)  # M == B == T
+    w = objective.initial_weights().repeat(2, 1)
+    assert_close(objective.predict(w, x), torch.stack([module(rows) for rows in x]))
+
+
+def test_weights_go_into_no_other_architecture():
+    objective = Objective(_net(), cross_entropy)
+    with pytest.raises(ValueError, match="other parameters than before"):
+        objective.load_into(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), objective.initial_weights())

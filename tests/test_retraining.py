@@ -18,6 +18,7 @@ from hypertune.batches import Rows
 from hypertune.hypernetworks import Linear
 from hypertune.losses import cross_entropy
 from hypertune.objective import Objective
+from hypertune.recipes import choose
 from hypertune.response import Fold, full_losses
 from hypertune.retraining import Retrained, retrain, screen
 from hypertune.space import Space
@@ -205,3 +206,64 @@ def test_where_they_cannot_be_stacked_each_is_fitted_alone(iris, used, change, c
     found = search(net, {"weight_decay": loguniform(1e-6, 1e0)}).fit(*iris)
     assert not any(used)
     assert np.isfinite(found.best_score_)
+
+
+def test_networks_of_a_fold_do_not_share_running_statistics(iris):
+    """With BatchNorm, too, several initial weights find what one finds."""
+    X, y = iris
+    net = clone(NET).set_params(module=Normed, max_epochs=30, lr=1e-2)
+    one, three = (
+        search(net, {"weight_decay": loguniform(1e-6, 1e0)}, n_inits=n, evaluate="hypernetwork").fit(X, y)
+        for n in (1, 3)
+    )
+    assert len(three.best_response_.objective._buffers) == 3
+    assert three.history_["validation_loss"][-1] < 1.5 * one.history_["validation_loss"][-1] + 0.05
+
+
+def test_a_search_that_chooses_the_scale_starts_each_time_where_it_said(iris, monkeypatch):
+    """In float64, too, where λ̂ needs no conversion: four hyper-trainings and the last begin at one λ̂."""
+    starts = []
+    monkeypatch.setattr(
+        "hypertune.training.choose", lambda *args: starts.append(monitored["start"].clone()) or choose(*args)
+    )
+    monitored = {}
+    tuner = HyperTrainingSearchCV._tuner
+
+    def noted(self, setup, start):
+        tune = tuner(self, setup, start)
+        monitored["start"] = tune.keywords["start"]
+        return tune
+
+    monkeypatch.setattr(HyperTrainingSearchCV, "_tuner", noted)
+    net = clone(NET).set_params(dtype="float64", max_epochs=2)
+    search(net, {"weight_decay": per_unit(loguniform(1e-4, 1e1))}, grain_scale="auto", evaluate="hypernetwork").fit(
+        *iris
+    )
+    assert len(starts) == 5
+    assert all(torch.equal(start, starts[0]) for start in starts)
+    starts.clear()
+    search(net, {"weight_decay": loguniform(1e-4, 1e1)}, grain_scale="auto", evaluate="hypernetwork").fit(*iris)
+    assert len(starts) == 1  # no grain, no scale to choose
+
+
+def test_an_optimizer_that_sees_all_weights_at_once_trains_each_candidate_alone(iris, used):
+    """The norm of a clipped step would be that of all models together."""
+
+    def clipped(params, lr):
+        optimizer = torch.optim.SGD(params, lr=lr)
+        optimizer.register_step_pre_hook(
+            lambda opt, *_: nn.utils.clip_grad_norm_(opt.param_groups[0]["params"], 0.1) and None
+        )
+        return optimizer
+
+    net = clone(NET).set_params(optimizer=clipped, max_epochs=3)
+    search(net, {"weight_decay": loguniform(1e-6, 1e0)}).fit(*iris)
+    assert not any(used)
+
+
+def test_a_verbose_net_is_screened_like_another(iris, capsys):
+    space = {"weight_decay": loguniform(1e-6, 1e1)}
+    quiet, loud = (
+        search(clone(NET).set_params(verbose=v, max_epochs=3), space, start="screened").fit(*iris) for v in (0, 1)
+    )
+    assert quiet.best_params_ == loud.best_params_

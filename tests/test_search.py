@@ -15,13 +15,14 @@ from optuna.distributions import FloatDistribution
 from scipy.stats import loguniform, uniform
 from sklearn import config_context
 from sklearn.base import BaseEstimator, TransformerMixin, clone, is_classifier
+from sklearn.compose import make_column_transformer
 from sklearn.datasets import make_regression
 from sklearn.exceptions import FitFailedWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import get_scorer, log_loss
 from sklearn.model_selection import GroupKFold, KFold, ParameterGrid, StratifiedKFold, cross_val_score
 from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from sklearn.utils.estimator_checks import (
     check_dataframe_column_names_consistency,
     check_param_validation,
@@ -29,7 +30,7 @@ from sklearn.utils.estimator_checks import (
 )
 from torch import nn
 
-from hypertune import MLP, BestResponse, HyperTrainingSearchCV, TorchClassifier, TorchRegressor
+from hypertune import MLP, BestResponse, HyperTrainingSearchCV, TorchClassifier, TorchRegressor, model_factory
 from hypertune.batches import Minibatches
 from hypertune.hypernetworks import HYPERNETWORKS, LowRank
 
@@ -686,3 +687,64 @@ def test_n_jobs_changes_nothing(fitted, iris):
     again = search(n_jobs=2).fit(*iris)
     assert again.best_params_ == fitted.best_params_
     assert_allclose(again.cv_results_["mean_test_score"], fitted.cv_results_["mean_test_score"], rtol=1e-6)
+
+
+def test_a_factory_that_leaves_out_layers_at_a_bound_is_refused(iris, no_training):
+    """Its weights would have other names there, or be of other layers."""
+
+    @model_factory
+    def skipping(n: int, m: int, *, dropout: float = 0.1) -> nn.Module:
+        layers = [nn.Linear(n, 8), nn.ReLU()]
+        return nn.Sequential(*layers, *([nn.Dropout(dropout)] if dropout > 0 else []), nn.Linear(8, m))
+
+    net = TorchClassifier(skipping, max_epochs=2, random_state=0)
+    with pytest.raises(ValueError, match="at 0 the factory builds other layers"):
+        search(estimator=net, param_distributions={"module__dropout": uniform(0, 0.8)}).fit(*iris)
+
+
+def test_splits_are_drawn_once_whatever_their_random_state(iris):
+    """An unseeded splitter: nothing that was found on its first splits may be lost on the second."""
+    fits = []
+
+    class Counting(TorchClassifier):
+        def _train(self, *args):
+            fits.append(1)
+            return super()._train(*args)
+
+    net = Counting(**NET.get_params(deep=False)).set_params(max_epochs=2)
+    cv = StratifiedKFold(3, shuffle=True)
+    found = search(estimator=net, cv=cv, evaluate="hypernetwork").fit(*iris)
+    assert len(fits) == 1  # the refit
+    assert found.cv is cv
+    search(estimator=net, cv=cv).fit(*iris)
+    assert len(fits) == 2  # and the candidates were retrained together
+
+
+def test_what_is_refused_leaves_the_search_as_it_was(iris):
+    X, y = iris
+    own = search()
+    before = own.estimator
+    with pytest.raises(ValueError, match="inconsistent numbers of samples"):
+        own.fit(X, y[:-1])
+    assert own.estimator is before
+    assert "_known" not in vars(own)
+    with pytest.raises(ValueError, match="Was the CV iterator empty"):
+        search(cv=[]).fit(X, y)
+
+
+def test_folds_of_other_widths_are_refused_with_what_to_do():
+    X = pd.DataFrame({"a": np.arange(30.0), "b": ["x"] * 24 + ["y"] * 5 + ["z"]})
+    encode = make_column_transformer((OneHotEncoder(handle_unknown="ignore"), ["b"]), remainder="passthrough")
+    own = search(
+        estimator=make_pipeline(encode, TorchClassifier(max_epochs=1)),
+        param_distributions={"torchclassifier__weight_decay": loguniform(1e-6, 1)}, cv=KFold(3),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="rows of other shapes in other folds"):
+        own.fit(X, np.arange(30) % 2)
+
+
+def test_a_part_of_the_validation_rows_may_have_no_weight(iris):
+    X, y = iris
+    weight = np.where(np.arange(len(X)) % 5 == 0, 0.0, 1.0)
+    found = search(estimator=clone(NET).set_params(max_epochs=2)).fit(X, y, sample_weight=weight)
+    assert sum(len(fold.valid.x) for fold in found.best_response_.folds) == weight.sum()

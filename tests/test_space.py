@@ -93,3 +93,15 @@ def test_what_is_no_space_is_refused():
         Space.from_distributions({})
     with pytest.raises(TypeError, match="one dict"):
         Space.from_distributions([{"x": uniform(0, 1)}])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bounds", [(1e-8, 1e2), (1e-6, 1e1), (1e-5, 1e3), (1e-4, 1e-2)])
+def test_a_value_at_its_bound_has_the_derivative_of_its_coordinate(bounds: tuple[float, float], dtype: torch.dtype):
+    """log(bound) rounds to either side of it; on the wrong one clamp would have none, and λ̂ would never leave."""
+    space = Space.from_distributions({"weight_decay": loguniform(*bounds)})
+    lam = torch.stack([space.low, space.high]).to(dtype).requires_grad_()
+    values = space.values(lam)["weight_decay"]
+    assert ((values >= min(bounds)) & (values <= max(bounds))).all()
+    (slope,) = torch.autograd.grad(values.sum(), lam)
+    assert torch.allclose(slope[:, 0], values.detach(), rtol=1e-5)
