@@ -238,6 +238,7 @@ def test_callbacks_see_every_epoch_with_a_model_that_predicts_and_may_stop(iris)
     assert stopped.loss_curve_ == model.fit(*iris).loss_curve_[:7]  # watching changes nothing
 
 
+@pytest.mark.slow
 def test_a_decorated_function_of_a_script_reaches_worker_processes(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(

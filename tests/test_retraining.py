@@ -208,6 +208,7 @@ def test_where_they_cannot_be_stacked_each_is_fitted_alone(iris, used, change, c
     assert np.isfinite(found.best_score_)
 
 
+@pytest.mark.slow
 def test_networks_of_a_fold_do_not_share_running_statistics(iris):
     """With BatchNorm, too, several initial weights find what one finds."""
     X, y = iris

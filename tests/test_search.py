@@ -436,6 +436,7 @@ def test_lam_hat_starts_at_the_estimators_setting_unless_that_is_a_flat_corner(i
     assert first == {"weight_decay": pytest.approx(1e-4), "input_noise": pytest.approx(0.2), "module__dropout": 0.0}
 
 
+@pytest.mark.slow
 def test_joint_finds_what_a_grid_finds(breast_cancer):
     """One weight decay on an overfitting logistic regression: λ̂, from far away, retrained, against a fine grid."""
     X, y = breast_cancer
