@@ -104,6 +104,6 @@ def as_loss(criterion: Any, losses: Mapping[str, Loss]) -> Loss:
     if isinstance(criterion, str):
         return losses[criterion]
     if inspect.isclass(criterion):
-        by_row = {"reduction": "none"} if "reduction" in inspect.signature(criterion).parameters else {}
-        return CustomLoss(criterion(**by_row))
+        by_row: dict[str, Any] = {"reduction": "none"} if "reduction" in inspect.signature(criterion).parameters else {}
+        return CustomLoss(criterion(**by_row))  # type: ignore[arg-type]
     return CustomLoss(criterion)
