@@ -29,6 +29,7 @@ _SCREENED_WEIGHTS = 600_000  # beyond it the models of a screening cost what eac
 _LINE = (0.4, 0.5, 0.6, 0.7)  # quantiles
 _SCREENED_STEPS = 150  # a screening is at least so long, or as long as a fit
 _SCREENED_SHARE = 1 / 3
+_NEARLY = 1.05  # times the least loss: as good, in a screening
 # Optimizers that move each number by itself, so that many models are trained by one of them as each would be by its own.
 _ELEMENTWISE = tuple(
     getattr(torch.optim, name) for name in ("Adam", "AdamW", "SGD", "RMSprop", "Adagrad", "Adamax", "NAdam", "RAdam")
@@ -98,8 +99,9 @@ def screen(space: Space, prefix: str, folds: list[Fold], objective: Objective, c
 
     They are ``current`` (n,), a line of quantiles of all logarithmic hyperparameters together with the others as they are, and
     two of that line with the others a quarter of the way up. They are trained for a third of a fit (at least 150 steps, at most a
-    whole fit), with a schedule of that length: which is best is seen by then, which of the others is good may not be. If it is inside the line, λ̂ starts at the vertex of the parabola through it and its
-    neighbours.
+    whole fit), with a schedule of that length: which is best is seen by then, which of the others is good may not be. But what
+    overfits late looks good so early: where ``current`` is best, the strongest of the line that is nearly as good is taken. If
+    the best is inside the line, λ̂ starts at the vertex of the parabola through it and its neighbours.
     """
     log = torch.cat([torch.full((h.size,), h.coordinate == "log") for h in space.hyperparameters])
     line = space.quantile(np.array(_LINE)[:, None].repeat(space.n, axis=1)) if log.any() else current.repeat(0, 1)
@@ -119,6 +121,8 @@ def screen(space: Space, prefix: str, folds: list[Fold], objective: Objective, c
         return None
     losses = screened.validation_losses(folds)
     best = int(losses.argmin())
+    if best == len(line) and (near := (losses[:best] <= _NEARLY * losses[best]).nonzero()).numel():
+        return settings[near[-1, 0]]
     around = losses[max(best - 1, 0) : best + 2]
     if not 0 < best < len(line) - 1 or not (around.isfinite() & (around > 0)).all():
         return settings[best]

@@ -159,6 +159,29 @@ def test_lam_hat_is_shared_by_several_initial_weights_and_one_per_fold_remains(i
     assert response.validation_loss() == pytest.approx(two.history_["validation_loss"][-1], rel=0.05)
 
 
+@pytest.mark.parametrize(("losses", "chosen"), [
+    ([1.01, 1.03, 1.2, 2.0, 1.0, 3.0, 3.0], 1),  # the strongest of the line that is nearly as good as the current one
+    ([1.06, 1.07, 1.2, 2.0, 1.0, 3.0, 3.0], 4),  # the current one, where none is
+    ([1.01, 1.0, 1.04, 2.0, 1.02, 3.0, 0.9], 6),
+])  # fmt: skip
+def test_what_overfits_late_is_not_started_from_because_it_looks_good_early(iris, monkeypatch, losses, chosen):
+    X, y = iris
+    net, space = (
+        clone(NET),
+        Space.from_distributions({"weight_decay": loguniform(1e-6, 1e1), "input_noise": uniform(0, 1)}),
+    )
+    rows = net._encode(X, y)
+    folds = [Fold(net, None, rows, rows)]
+    space, objective = stack(space, "", folds, len(X), 0)
+    monkeypatch.setattr(Retrained, "validation_losses", lambda self, folds: torch.tensor(losses))
+    screened = []
+    monkeypatch.setattr(
+        "hypertune.retraining.retrain", lambda *args, **kwargs: screened.append(args[4]) or retrain(*args, **kwargs)
+    )
+    start = screen(space, "", folds, objective, space.encode({"weight_decay": 1e-6, "input_noise": 0.1}))
+    assert torch.equal(start, screened[0][chosen])
+
+
 class Noted(Linear):
     """The tangent, and what it was built around."""
 
