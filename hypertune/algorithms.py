@@ -409,7 +409,7 @@ class TangentOptimizer:
     σ, a multiple of P (H V + ∂²L/∂w∂λ), whose root is dw*/dλ. It is stable whenever w₀'s training is and does not depend on
     the scale of f. Subtracting f̄ cancels the noise that the m samples share. P G is bounded as Adam's own steps are: a weight
     whose gradients at λ̂ ± σε happened to cancel would have a P next to infinite, and its response would be thrown far away.
-    SGD's momentum is V's too, or V would lag behind w₀.
+    SGD's momentum is not V's, which lags behind w₀ for that: with it the steps along single random ε would not be stable.
 
     Parameters
     ----------
@@ -430,7 +430,6 @@ class TangentOptimizer:
         self.weight_optimizer = weight_optimizer
         self.basis_optimizer = basis_optimizer
         self._powers: dict[int, Tensor] = {}
-        self._momenta: dict[int, Tensor] = {}
 
     def step(self, features: Tensor, G: Tensor) -> None:
         """See :class:`ResponseOptimizer`."""
@@ -439,24 +438,15 @@ class TangentOptimizer:
         with torch.no_grad():
             centred = features - features.mean(dim=1, keepdim=True) if features.shape[1] > 1 else features
             step = G if self.basis_optimizer is None else G.clone()
-            group = self.weight_optimizer.param_groups[0]
-            lr, momentum = group["lr"], group.get("momentum", 0.0)
+            lr = self.weight_optimizer.param_groups[0]["lr"]
             step /= preconditioner(hypernetwork.w0, self.weight_optimizer).div_(lr)[:, None]
-            if "betas" in group:
+            if "betas" in self.weight_optimizer.param_groups[0]:
                 step.clamp_(-_MOST * lr, _MOST * lr)
             for number, linear in enumerate(hypernetwork.maps):
                 total, each = linear.power(centred)
                 average = self._powers.get(number, each)
                 self._powers[number] = average + 0.01 * (each - average)
-                power, V = total + 2 * self._powers[number] + 1e-30, linear.V.data
-                if momentum:
-                    if number not in self._momenta:
-                        self._momenta[number] = torch.zeros_like(V)
-                    moved = self._momenta[number].mul_(momentum)
-                    linear.move(moved, centred, step, power)
-                    V += moved
-                else:
-                    linear.move(V, centred, step, power)
+                linear.move(centred, step, total + 2 * self._powers[number] + 1e-30)
         if self.basis_optimizer is not None:
             _backward_basis(hypernetwork, features, G / features.shape[1])
             self.basis_optimizer.step()

@@ -108,9 +108,9 @@ class Dense(nn.Module):
         total = self._own(features).square().sum(dim=(1, 2), keepdim=True)
         return total, total / len(self.columns)
 
-    def move(self, V: Tensor, features: Tensor, G: Tensor, power: Tensor) -> None:
-        """V ← V − Σ_m f ⊗ G / power, in place, for this V or another of its shape."""
-        V.baddbmm_(self._own(features).transpose(1, 2) / power, G, alpha=-1.0)
+    def move(self, features: Tensor, G: Tensor, power: Tensor) -> None:
+        """V ← V − Σ_m f ⊗ G / power, in place."""
+        self.V.data.baddbmm_(self._own(features).transpose(1, 2) / power, G, alpha=-1.0)
 
     def pull_back_to(self, gradient: Tensor, G: Tensor) -> None:
         """Add ∂/∂features of Σ_m ⟨G, w⟩ to ``gradient`` (K, m, r), in place."""
@@ -147,9 +147,9 @@ class Local(nn.Module):
         total = features[..., self.features].square().sum(dim=1).mean(dim=1).view(-1, 1, 1)
         return total, total
 
-    def move(self, V: Tensor, features: Tensor, G: Tensor, power: Tensor) -> None:
-        """V ← V − Σ_m f ∘ G / power, in place, for this V or another of its shape."""
-        V.sub_(self.gradient(features, G) / power)
+    def move(self, features: Tensor, G: Tensor, power: Tensor) -> None:
+        """V ← V − Σ_m f ∘ G / power, in place."""
+        self.V.data.sub_(self.gradient(features, G) / power)
 
     def pull_back_to(self, gradient: Tensor, G: Tensor) -> None:
         """Add ∂/∂features of Σ_m ⟨G, w⟩ to ``gradient`` (K, m, r), in place."""

@@ -57,7 +57,7 @@ def _check_gradients(hypernetwork, n: int) -> None:
         gradient = gradient * getattr(linear, "present", 1.0)  # a weight without a feature is left alone
         assert_close(linear.gradient(features, G).detach(), gradient)
         before = linear.V.detach().clone()
-        linear.move(linear.V.data, features.detach(), G, power)
+        linear.move(features.detach(), G, power)
         assert_close(linear.V.detach(), before - gradient / power)
 
 
