@@ -362,6 +362,17 @@ def test_it_goes_where_a_grid_search_goes(iris):
     assert travelled.best_response_.validation_loss() == over.best_response_.validation_loss()
 
 
+def test_simplified_leaves_an_upper_bound(iris):
+    """Its centre is beyond that: at no distance from it nothing would ever move."""
+    net = clone(NET).set_params(module__dropout=0.8, max_epochs=10)
+    own = search(
+        estimator=net, param_distributions={"module__dropout": uniform(0, 0.8)}, algorithm="simplified", warmup=0.0
+    )
+    path = own.set_params(evaluate="hypernetwork").fit(*iris).history_["module__dropout"]
+    assert path[0] <= 0.8
+    assert path[-1] < 0.79
+
+
 def test_what_a_search_leaves_holds_no_training_rows_and_no_weights_but_the_response(iris):
     net = clone(NET).set_params(module=MLP(hidden=(128, 128)), max_epochs=1)
     response = search(estimator=net, evaluate="hypernetwork").fit(*iris).best_response_
