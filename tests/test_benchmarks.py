@@ -99,7 +99,9 @@ def test_the_arena_runs_every_solver_resumes_and_sums_up(tmp_path: Path, capsys,
         ours, *others = (row for row in rows if row["seed"] == seed and row["solver"] != "defaults")
         for other in others:
             assert other["seconds"] >= ours["seconds"]
-            assert (other["matched"] < np.inf) == (other["curve"][-1][1] <= ours["cv_loss"])
+            end = other["curve"][-1][1]  # rounded to five digits
+            if abs(end - ours["cv_loss"]) > 1e-5:
+                assert (other["matched"] < np.inf) == (end <= ours["cv_loss"])
     shown = capsys.readouterr().out
     assert all(name in shown for name in names)
     monkeypatch.setattr(solvers, "run", None)  # nothing is run again
