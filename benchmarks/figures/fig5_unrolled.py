@@ -17,7 +17,7 @@ Adam of "low rank": φ and λ̂           1e-4, 1e-2               paper (φ); o
                                       weights
 "unrolled, anew"                      200 steps from the       ours, the same steps, as Maclaurin et al. (2015) do it. At the best λ 100
                                       initial weights          steps from there do not get to .0385, and 500 take longer to it
-Adam of λ̂, both                       0.3                      ours; with 0.1 they need 2.8 × the seconds
+Adam of λ̂, both                       0.3                      ours; with 0.1 they need over twice the seconds (one seed)
 "default"                             what algorithm="auto"    ours: implicit, one product a step, λ̂ at every fourth step;
                                       chooses                  Adam 1e-2, cosine; λ̂ 0.2, falling to 0
 "newton"                              20 products, 60 steps    ours: ``Implicit(solver="cg", inner="newton")`` on all rows through

@@ -27,8 +27,8 @@ Deviations
 ----------
 1. The budget is a number of steps of our hyper-training; everybody else has its seconds, and may finish the training that it is in.
 2. Hyper-training's curve is the loss of w_φ(λ̂) as it is then; that of the others is their best so far.
-3. Our step size of w is 3e-4. At 1e-3 it is stable for w alone and for 7,850 λ, but the tangent of 10 λ diverges: all weights of a class move
-   together along the sharpest direction of the loss, which the preconditioner that w shares with it does not feel.
+3. Our step size of w is 3e-4. At 1e-3 it is stable for w alone and for 7,850 λ, but the tangent of 10 λ is noisy (before its
+   steps were bounded it diverged): all weights of a class move together along the sharpest direction of the loss, which the preconditioner that w shares with it does not feel.
 
 Command: ``python -m benchmarks fig7-bayes --budget full --seeds 3 --mnist DIR``, 4 minutes of processor time a seed.
 """
