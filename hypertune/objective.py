@@ -174,7 +174,7 @@ class Objective:
         del self._buffers[folds:]
 
     def forget_weights(self) -> None:
-        """Make those parameters zeros that take no memory: for a caller who has weights of its own."""
+        """Make the module's own parameters zeros that take no memory: for a caller who has weights of its own."""
         for p in self._modules[True].parameters():
             if p.requires_grad:
                 p.data = p.new_zeros(()).expand(p.shape)

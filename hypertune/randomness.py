@@ -42,8 +42,12 @@ def set_rng_state(state: tuple[torch.Tensor, torch.Tensor | None], device: torch
 
 def seed_torch(seed: int, device: str = "cpu") -> None:
     """Seed torch's global generators of the CPU and of this device, and of no other."""
+    kind = torch.device(device).type
+    if kind not in ("cpu", "cuda"):
+        torch.manual_seed(seed)  # whatever else there is
+        return
     torch.default_generator.manual_seed(seed)
-    if torch.device(device).type == "cuda":
+    if kind == "cuda":
         with torch.cuda.device(device):
             torch.cuda.manual_seed(seed)
 

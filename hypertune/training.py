@@ -99,16 +99,13 @@ def hyper_train(
         w0 = torch.stack([flat_weights(fold.net._build_module()) for fold in models])
         lam_hat = start.to(w0, copy=True)
         objective.keep_statistics_of(len(models))
-        seeds = [
-            seed + 2 * (i // K) for i in range(len(models))
-        ]  # each of the initial weights has minibatches of its own
+        # Each of a fold's initial weights has minibatches of its own.
+        seeds = [seed + 2 * (i // K) for i in range(len(models))]
         train_batches = Minibatches([fold.train for fold in models], net.batch_size, seed=seeds)
         problem = _problem(space, prefix, objective, models, train_batches, seeds, w0)
         center = lam_hat.clone() if recipe.name in ("global", "simplified") else lam_hat
         if recipe.name == "simplified":  # with V = 0 at a distance from λ̂, larger λ begins by meaning: closer to w₀
-            center = (
-                center + _SIMPLIFIED_OFFSET
-            )  # out of the box, too: it is no setting, only where the displacement is zero
+            center = center + _SIMPLIFIED_OFFSET  # maybe out of the box: it is no setting
         phi = recipe.builder(hypernetwork).build(w0, center, _layout(space, prefix, net, objective, folds[0].train.x))
         del w0  # large models have no memory for two
         response = BestResponse(space, prefix, {}, phi, objective, folds)
