@@ -14,7 +14,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from hypertune import MLP, HyperTrainingSearchCV, TorchClassifier, per_unit
-from hypertune.batches import Rows
+from hypertune.batches import Minibatches, Rows
 from hypertune.hypernetworks import Linear
 from hypertune.losses import cross_entropy
 from hypertune.objective import Objective
@@ -229,6 +229,30 @@ def test_where_they_cannot_be_stacked_each_is_fitted_alone(iris, used, change, c
     found = search(net, {"weight_decay": loguniform(1e-6, 1e0)}).fit(*iris)
     assert not any(used)
     assert np.isfinite(found.best_score_)
+
+
+def test_each_network_of_a_fold_has_its_own_minibatches_and_statistics(iris, monkeypatch):
+    X, y = iris
+    seen = []
+    forget = Objective.forget_statistics_but_of
+
+    def noted(self, folds):
+        seen.extend(buffers["1.running_mean"].clone() for buffers in self._buffers)
+        forget(self, folds)
+
+    monkeypatch.setattr(Objective, "forget_statistics_but_of", noted)
+    net = clone(NET).set_params(module=Normed, max_epochs=1)
+    search(net, {"weight_decay": loguniform(1e-6, 1e0)}, n_inits=2, evaluate="hypernetwork").fit(X, y)
+    assert len(torch.stack(seen).unique(dim=0)) == 6  # 3 folds, 2 networks each
+
+    seeds = []
+    monkeypatch.setattr(
+        "hypertune.training.Minibatches", lambda *args, seed: seeds.append(tuple(seed)) or Minibatches(*args, seed=seed)
+    )
+    search(net, {"weight_decay": loguniform(1e-6, 1e0)}, n_inits=2, evaluate="hypernetwork").fit(X, y)
+    train, valid = seeds
+    assert train[:3] == (train[0],) * 3
+    assert len({*train, *valid}) == 4  # the folds of one network alike, and nobody else
 
 
 @pytest.mark.slow
