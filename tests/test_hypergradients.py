@@ -486,6 +486,7 @@ def test_forward_mode_takes_any_adam_and_no_weights_of_rows(table):
         search("forward", {"sample_weight": uniform(0, 2)}, epochs=2).fit(X[:60], y[:60])
 
 
+@pytest.mark.slow
 def test_a_check_is_where_lam_hat_was_held_and_not_at_a_bound(table):
     """The estimator's weight decay of 0 is no place on a logarithmic axis: λ̂ starts inside, and so does the reference."""
     X, y = table

@@ -231,6 +231,7 @@ def test_where_they_cannot_be_stacked_each_is_fitted_alone(iris, used, change, c
     assert np.isfinite(found.best_score_)
 
 
+@pytest.mark.slow
 def test_each_network_of_a_fold_has_its_own_minibatches_and_statistics(iris, monkeypatch):
     X, y = iris
     seen = []
