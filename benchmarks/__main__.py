@@ -51,6 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         "--jobs", type=int, default=1, help="cells of the arena, or bad seeds, run at the same time (default 1)"
     )
     parser.add_argument("--first-seed", type=int, default=0, help="of the arena (default 0)")
+    parser.add_argument("--device", default="cpu", help="torch device, of cost (default cpu)")
     parser.add_argument("--budget", choices=["smoke", "full"], default="smoke", help="of the paper's figures")
     arguments = parser.parse_args(argv)
     if arguments.name == "list":
@@ -90,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     elif arguments.name == "scaling":
         measure_scaling(arguments.out)
     else:
-        measure_cost()
+        measure_cost(device=arguments.device)
 
 
 if __name__ == "__main__":

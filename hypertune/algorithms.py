@@ -255,7 +255,8 @@ def descend_response(
 def _neighbours(lam_hat: Tensor, sigma: float | Tensor, m: int, generator: torch.Generator) -> Tensor:
     """m draws from N(λ̂, σ²I), as pairs λ̂ ± σε if m is even."""
     pairs = m if m % 2 else m // 2
-    epsilon = torch.randn(pairs, len(lam_hat), generator=generator, dtype=lam_hat.dtype).to(lam_hat.device)
+    epsilon = torch.randn(pairs, len(lam_hat), generator=generator, dtype=lam_hat.dtype)
+    epsilon = epsilon.to(lam_hat.device, non_blocking=True)
     signed = epsilon if m % 2 else torch.cat([epsilon, -epsilon])
     return lam_hat.detach() + sigma * signed
 
@@ -464,8 +465,13 @@ def preconditioner(w0: nn.Parameter, optimizer: torch.optim.Optimizer) -> Tensor
     if "exp_avg_sq" not in state:
         return torch.ones_like(w0.data)
     group = optimizer.param_groups[0]
-    correction = 1 - group["betas"][1] ** float(state["step"])
+    correction = bias_correction(group["betas"][1], state["step"], w0)
     return (state["exp_avg_sq"] / correction).sqrt_().add_(group["eps"])
+
+
+def bias_correction(beta: float, step: Tensor | float, like: Tensor) -> Tensor:
+    """Adam's 1 − βᵗ, (), without waiting for the device that may hold t."""
+    return 1 - beta ** torch.as_tensor(step, dtype=like.dtype)
 
 
 def _backward_basis(hypernetwork: Hypernetwork, features: Tensor, G: Tensor) -> None:

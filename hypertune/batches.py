@@ -72,7 +72,7 @@ class Minibatches(Iterator[Batch]):
         self.batch_size = min(batch_size, *(len(rows.x) for rows in folds))
         seeds = [seed] * len(self.folds) if isinstance(seed, int) else seed
         self.generators = [torch.Generator().manual_seed(own) for own in seeds]
-        self._queues = [torch.empty(0, dtype=torch.long) for _ in folds]
+        self._queues = [torch.empty(0, dtype=torch.long, device=rows.x.device) for rows in folds]
         self._weights = [None if rows.weight is None else rows.weight / rows.weight.mean() for rows in folds]
 
     @property
@@ -81,7 +81,7 @@ class Minibatches(Iterator[Batch]):
         return math.ceil(max(len(rows.x) for rows in self.folds) / self.batch_size)
 
     def __next__(self) -> Batch:
-        picks = [self._pick(k).to(rows.x.device) for k, rows in enumerate(self.folds)]
+        picks = [self._pick(k) for k in range(len(self.folds))]
 
         def stack(columns: Sequence[Tensor | None]) -> Tensor | None:
             taken = [column[pick] for column, pick in zip(columns, picks, strict=True) if column is not None]
@@ -117,6 +117,7 @@ class Minibatches(Iterator[Batch]):
     def _pick(self, k: int) -> Tensor:
         while len(self._queues[k]) < self.batch_size:
             order = torch.randperm(len(self.folds[k].x), generator=self.generators[k])
+            order = order.to(self._queues[k].device, non_blocking=True)
             self._queues[k] = torch.cat([self._queues[k], order])
         pick, self._queues[k] = self._queues[k].split([self.batch_size, len(self._queues[k]) - self.batch_size])
         return pick

@@ -55,7 +55,8 @@ class TorchClassifier(ClassifierMixin, TorchEstimator):
         Added to the training loss; ``weights`` is a dict from names of the module's parameters to tensors. Keywords with a
         default are parameters, ``penalty__…``.
     augment : callable ``(x, generator, **hyperparameters) -> x``, default=None
-        Applied to the rows x (B, ...) of every training minibatch, with all randomness out of the ``torch.Generator``.
+        Applied to the rows x (B, ...) of every training minibatch, with all randomness out of the ``torch.Generator``,
+        which is on the device of x.
         Keywords with a default are parameters, ``augment__…``.
     inputs : dict from str to list, default=None
         For modules of several inputs: for each argument of their ``forward`` the names or numbers of its columns of X. The

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hypertune.algorithms import Problem, ResponseOptimizer, preconditioner, settle
+from hypertune.algorithms import Problem, ResponseOptimizer, bias_correction, preconditioner, settle
 from hypertune.hypergradients import Linearisation, step_size
 from hypertune.hypernetworks import Hypernetwork
 
@@ -53,7 +53,7 @@ class Dynamics:
         zero = torch.zeros_like(w0.data)
         if "betas" in group:
             beta = group["betas"][0]
-            u = state["exp_avg"] / (1 - beta ** float(state["step"])) if state else zero
+            u = state["exp_avg"] / bias_correction(beta, state["step"], w0) if state else zero
             return cls(u, s, beta, 1 - beta)
         buffer = state.get("momentum_buffer")
         return cls(zero if buffer is None else buffer, s, group.get("momentum", 0.0), 1.0)
