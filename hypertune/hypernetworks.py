@@ -116,6 +116,10 @@ class Dense(nn.Module):
         """Add ∂/∂features of Σ_m ⟨G, w⟩ to ``gradient`` (K, m, r), in place."""
         gradient[..., self.columns] += G @ self.V.data.transpose(1, 2)
 
+    def squares(self, features: Tensor) -> Tensor:
+        """Σ f² over the features that move a weight, (K, m, 1): the same for all."""
+        return self._own(features).square().sum(dim=-1, keepdim=True)
+
 
 class Local(nn.Module):
     """Each weight is moved by one feature, its own: f[index] ∘ V with V (K, 1, D).
@@ -154,6 +158,10 @@ class Local(nn.Module):
     def pull_back_to(self, gradient: Tensor, G: Tensor) -> None:
         """Add ∂/∂features of Σ_m ⟨G, w⟩ to ``gradient`` (K, m, r), in place."""
         gradient.index_add_(2, self.index, G * self.V.data)
+
+    def squares(self, features: Tensor) -> Tensor:
+        """f² of the feature that moves a weight, (K, m, D)."""
+        return features[..., self.index].square() * self.present
 
 
 # --- the hypernetwork --------------------------------------------------------------------------------------------------------
@@ -210,6 +218,28 @@ class Hypernetwork(nn.Module):
     def forward(self, lam: Tensor) -> Tensor:
         """λ of shape (m, n) → weights (K, m, D)."""
         return self.weights(self.features(lam))
+
+    @property
+    def linear(self) -> bool:
+        """Whether the features are the displacement itself."""
+        return isinstance(self.basis, _Identity) and len(self.maps) > 0
+
+    def variance(self, lam: Tensor, sigma: Tensor) -> Tensor:
+        """Variance of the weights at λ (m, n) relative to that of w₀, (K, m, 1 or D), where φ is linear and uncertain.
+
+        Mean-field variational inference: the ELBO of a Gaussian q(φ) of independent numbers on N rows with λ ~ N(c, σ²I) and a loss
+        of curvature h in every weight is greatest at the precisions N h of w₀ and N h σ_j² of V_j. So the variance of a weight
+        grows from the centre as 1 + Σ_j (λ − c)_j²/σ_j², j over the coordinates that move it. Where σ_j = 0 nothing was learned: infinite.
+        """
+        delta = lam - self.center
+        scaled = torch.where(delta == 0, 0.0, delta / sigma)
+        if self.seen is not None:
+            scaled = torch.where((self.seen == 0) & (delta != 0), torch.inf, scaled)
+        variance = 1 + torch.where(scaled.isinf().any(dim=-1), torch.inf, 0.0)[None, :, None]
+        features = self.basis(scaled.nan_to_num(posinf=0.0, neginf=0.0))
+        for linear in self.maps:
+            variance = variance + linear.squares(features)
+        return variance
 
     def keep(self, K: int) -> None:
         """Let go of all but the first K of the stacked hypernetworks."""

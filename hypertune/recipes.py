@@ -91,6 +91,12 @@ class Recipe:
         """How many of the steps train φ."""
         return math.ceil(_GLOBAL_FIT * steps) if self.name == "global" else steps
 
+    def sigma(self, scale: float | None) -> Tensor | None:
+        """Standard deviation of the λ around λ̂ that the response is learned from, (n,); None if it is not learned so."""
+        if self.name not in ("joint", "hybrid"):
+            return None
+        return torch.where(self.implicit, 0.0, 0.5 if scale is None else scale)
+
     def builder(self, hypernetwork: Builder) -> Builder:
         """What it learns of the response: the given family, the tangent, or nothing."""
         if isinstance(self.algorithm, Implicit | T1T2 | Unrolled):
@@ -196,14 +202,15 @@ def stream(
     match recipe.algorithm:
         case "joint" | Hybrid():
             generator, unroll = torch.Generator().manual_seed(seed), None
-            sigma = torch.where(implicit, 0.0, 0.5 if scale is None else scale)
+            sigma = recipe.sigma(scale)
+            assert sigma is not None
             if isinstance(recipe.algorithm, Hybrid):
                 unroll = Unroller(
                     recipe.differentiable.to(lam_hat.device) & ~implicit, phi, weights, recipe.algorithm.steps
                 )
             yield from joint(
                 problem, phi, lam_hat, optimizer, lam_optimizer,
-                sigma=sigma, m=m or (1 if implicit.all() else 2), generator=generator, unroll=unroll, **common,
+                sigma=sigma.to(lam_hat.device), m=m or (1 if implicit.all() else 2), generator=generator, unroll=unroll, **common,
             )  # fmt: skip
         case "simplified":
             yield from simplified(problem, phi, lam_hat, optimizer, lam_optimizer, **common)

@@ -6,12 +6,13 @@ search.best_response_.estimator_at({"weight_decay": 1e-3})          # without tr
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import t as student_t
 from sklearn.pipeline import Pipeline
 from torch import Tensor, nn
 
@@ -78,6 +79,10 @@ class BestResponse:
         The K splits: fitted preprocessing and validation rows, without the training rows.
     hypergradient : Tensor of shape (n,), optional
         Slope of the validation loss (mean over folds) in λ, averaged over the last part of the path.
+    sigma : Tensor of shape (n,), optional
+        Standard deviation of the λ that the response was learned from, where it is linear.
+    verified : tuple of Tensor of shape (C, n) and Tensor of shape (C,), optional
+        Settings λ that were retrained, and their validation losses, mean over folds.
 
     Notes
     -----
@@ -92,6 +97,8 @@ class BestResponse:
     objective: Objective
     folds: list[Fold]
     hypergradient: Tensor | None = None
+    sigma: Tensor | None = None
+    verified: tuple[Tensor, Tensor] | None = None
 
     def weights(self, params: Mapping[str, Value] | None = None, *, fold: int = 0) -> dict[str, Tensor]:
         """Weights at a setting, by parameter name of the module.
@@ -157,6 +164,46 @@ class BestResponse:
         """
         return self._validation_losses(self._lam([{name: value} for value in values])).T.double().numpy()
 
+    def validation_band(self, name: str, values: Sequence[Value], *, coverage: float = 0.9) -> np.ndarray:
+        """Where retraining would put the validation loss, along one hyperparameter, the others at λ̂.
+
+        The hypernetwork's weights are taken for uncertain (:meth:`Hypernetwork.variance`), which reaches the loss to first order. How
+        uncertain is one number for all of them, fitted to what the search's retrained candidates missed the response by.
+
+        Parameters
+        ----------
+        name : str
+        values : sequence
+        coverage : float, default=0.9
+            Share of retrained models that is to lie inside. How many did is measured in docs/benchmarks.md, *band*.
+
+        Returns
+        -------
+        ndarray of shape (len(values), 2)
+            Lower and upper end, for the mean over folds; infinite where nothing was learned of the response.
+
+        Raises
+        ------
+        ValueError
+            As in :meth:`weights`; for a coverage that is not between 0 and 1; and if the response is not that of ``algorithm="joint"`` (or
+            "auto") with ``hypernetwork="linear"``, or no candidates were retrained together with it.
+        """
+        if not 0 < coverage < 1:
+            raise ValueError(f"coverage must be between 0 and 1, got {coverage!r}.")
+        lam = self._lam([{name: value} for value in values])
+        if self.sigma is None:
+            raise ValueError('Only a linear response has a band: use algorithm="joint" and hypernetwork="linear".')
+        if self.verified is None or not (usable := self.verified[1].isfinite()).any():
+            raise ValueError(
+                "No retrained candidates are known to this response, so that nobody knows how far it is off. They are where the "
+                'module can be stacked, evaluate="retrain", and neither a callback nor a verbose estimator watches each fit.'
+            )
+        settings, losses = self.verified[0][usable], self.verified[1][usable].double()
+        missed = (losses - self._validation_losses(settings).mean(dim=0)) / self._standard_deviations(settings)
+        scale = missed.square().mean().sqrt() * float(student_t.ppf((1 + coverage) / 2, len(missed)))
+        middle, half = self._validation_losses(lam).mean(dim=0), scale * self._standard_deviations(lam)
+        return torch.stack([middle - half, middle + half], dim=1).double().numpy()
+
     # --- what the search needs ---------------------------------------------------------------------------------------
 
     def fit_known(self, net: Net, rows: Rows) -> bool:
@@ -187,6 +234,22 @@ class BestResponse:
                 torch.cat([full_losses(self.objective, w[k], f.valid, k) for k, f in enumerate(folds or self.folds)])
             )
         return torch.stack(losses, dim=1).cpu()
+
+    def _standard_deviations(self, lam: Tensor) -> Tensor:
+        """Of the validation loss at λ (m, n), mean over folds, (m,), to first order, if w₀ has a standard deviation of one."""
+        assert self.sigma is not None
+        found = []
+        for one in lam.to(self.hypernetwork.w0):
+            variance = self.hypernetwork.variance(one[None], self.sigma.to(one))[:, 0]
+            slopes = []
+            for k, fold in enumerate(self.folds):
+                w = self._weights(one[None])[k].requires_grad_()
+                pieces = _pieces(self.objective, w, fold.valid, k)
+                slopes.append(
+                    torch.stack([torch.autograd.grad(share * loss.sum(), w)[0] for share, loss in pieces]).sum(dim=0)
+                )
+            found.append((variance * torch.cat(slopes).square()).sum(dim=1).sqrt().mean())
+        return torch.stack(found).cpu().double()
 
     def _complete(self, params: Mapping[str, Value]) -> dict[str, Value]:
         if unknown := sorted(set(params) - set(self.space.names)):
@@ -219,14 +282,20 @@ class BestResponse:
 
 def full_losses(objective: Objective, w: Tensor, rows: Rows, fold: int) -> Tensor:
     """L_Valid of m models w (m, D) of one fold on all its rows, in pieces; shape (m,)."""
-    x, y, weight, _ = rows
-    total, mass = torch.zeros(len(w), dtype=w.dtype, device=w.device), 0.0
+    total = torch.zeros(len(w), dtype=w.dtype, device=w.device)
     with torch.no_grad():
-        for i in range(0, len(x), 4096):
-            piece = slice(i, i + 4096)
-            s = None if weight is None else weight[None, piece]
-            size = float(len(x[piece]) if s is None else s.sum())
-            batch = Batch(x[None, piece], y[None, piece], None if s is None else s / s.mean()).repeat(len(w))
-            total += size * objective.valid_loss(w, batch, fold=fold)
-            mass += size
-    return total / mass
+        for share, loss in _pieces(objective, w, rows, fold):
+            total += share * loss
+    return total
+
+
+def _pieces(objective: Objective, w: Tensor, rows: Rows, fold: int) -> Iterator[tuple[float, Tensor]]:
+    """Some rows after others: their share in the whole, and L_Valid of m models on them, (m,)."""
+    x, y, weight, _ = rows
+    mass = float(len(x) if weight is None else weight.sum())
+    for i in range(0, len(x), 4096):
+        piece = slice(i, i + 4096)
+        s = None if weight is None else weight[None, piece]
+        size = float(len(x[piece]) if s is None else s.sum())
+        batch = Batch(x[None, piece], y[None, piece], None if s is None else s / s.mean()).repeat(len(w))
+        yield size / mass, objective.valid_loss(w, batch, fold=fold)

@@ -397,6 +397,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
             retrained = retrain(space, prefix, folds, objective, torch.stack(candidates))
             if retrained is not None:
                 self._known.append(retrained)
+                response.verified = retrained.lam, retrained.validation_losses(folds)
         return [space.decode(lam) for lam in candidates]
 
     def _set_up(self) -> Setup:

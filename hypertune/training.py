@@ -156,6 +156,7 @@ def hyper_train(
     objective.forget_statistics_but_of(K)
     response.params = space.decode(average)
     response.hypergradient = trace.slope.cpu()
+    response.sigma = recipe.sigma(scale) if phi.linear else None
     phi.center = phi.center.detach().clone()
     phi.requires_grad_(False)
     response.folds = [fold.without_training_rows() for fold in folds]
