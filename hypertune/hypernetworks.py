@@ -40,6 +40,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+_TRUSTED = 4.0  # times 2σ: how far from the centre the variance of the weights was found calibrated
+
 # --- bases: displacement (m, n) -> features (K, m, r) --------------------------------------------------------------------
 
 
@@ -228,18 +230,20 @@ class Hypernetwork(nn.Module):
         """Variance of the weights at λ (m, n) relative to that of w₀, (K, m, 1 or D), where φ is linear and uncertain.
 
         Mean-field variational inference: the ELBO of a Gaussian q(φ) of independent numbers on N rows with λ ~ N(c, σ²I) and a loss
-        of curvature h in every weight is greatest at the precisions N h of w₀ and N h σ_j² of V_j. So the variance of a weight
-        grows from the centre as 1 + Σ_j (λ − c)_j²/σ_j², j over the coordinates that move it. Where σ_j = 0 nothing was learned: infinite.
+        of curvature h in every weight is greatest at the precisions N h of w₀ and N h σ_j² of V_j: a variance of 1 + d², with
+        d² = Σ_j (λ − c)_j²/σ_j² over the coordinates j that move a weight. Best responses are not linear, though: with the second-order
+        term that the family leaves out as uncertain as the others it is (1 + d²)², for d in 2σ. That is what is calibrated
+        (docs/benchmarks.md, *band*), up to d = 4: infinite beyond it, and where σ_j = 0.
         """
         delta = lam - self.center
-        scaled = torch.where(delta == 0, 0.0, delta / sigma)
+        distance = torch.where(delta == 0, 0.0, delta / (2 * sigma))
         if self.seen is not None:
-            scaled = torch.where((self.seen == 0) & (delta != 0), torch.inf, scaled)
-        variance = 1 + torch.where(scaled.isinf().any(dim=-1), torch.inf, 0.0)[None, :, None]
-        features = self.basis(scaled.nan_to_num(posinf=0.0, neginf=0.0))
+            distance = torch.where((self.seen == 0) & (delta != 0), torch.inf, distance)
+        squares = torch.where(distance.isinf().any(dim=-1), torch.inf, 0.0)[None, :, None]
+        features = self.basis(distance.nan_to_num(posinf=0.0, neginf=0.0))
         for linear in self.maps:
-            variance = variance + linear.squares(features)
-        return variance
+            squares = squares + linear.squares(features)
+        return torch.where(squares > _TRUSTED**2, torch.inf, (1 + squares).square())
 
     def keep(self, K: int) -> None:
         """Let go of all but the first K of the stacked hypernetworks."""

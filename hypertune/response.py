@@ -168,7 +168,8 @@ class BestResponse:
         """Where retraining would put the validation loss, along one hyperparameter, the others at λ̂.
 
         The hypernetwork's weights are taken for uncertain (:meth:`Hypernetwork.variance`), which reaches the loss to first order. How
-        uncertain is one number for all of them, fitted to what the search's retrained candidates missed the response by.
+        uncertain is one number for all of them, fitted to what the search's retrained candidates missed the response by. It ends
+        four units of λ from λ̂ (at ``scale=0.5``): a factor of e⁴ for a log distribution, the whole range of a bounded one.
 
         Parameters
         ----------
@@ -180,7 +181,7 @@ class BestResponse:
         Returns
         -------
         ndarray of shape (len(values), 2)
-            Lower and upper end, for the mean over folds; infinite where nothing was learned of the response.
+            Lower and upper end, for the mean over folds; infinite further than that, and where nothing was learned of the response.
 
         Raises
         ------
@@ -193,13 +194,19 @@ class BestResponse:
         lam = self._lam([{name: value} for value in values])
         if self.sigma is None:
             raise ValueError('Only a linear response has a band: use algorithm="joint" and hypernetwork="linear".')
-        if self.verified is None or not (usable := self.verified[1].isfinite()).any():
+        if self.verified is None:
             raise ValueError(
-                "No retrained candidates are known to this response, so that nobody knows how far it is off. They are where the "
-                'module can be stacked, evaluate="retrain", and neither a callback nor a verbose estimator watches each fit.'
+                "No retrained candidates are known to this response, so that nobody knows how far it is off. They are known where the "
+                "module can be stacked (no BatchNorm, no recurrent layers, no skorch net), with "
+                'evaluate="retrain", and where neither a callback nor a verbose estimator watches each fit.'
             )
-        settings, losses = self.verified[0][usable], self.verified[1][usable].double()
-        missed = (losses - self._validation_losses(settings).mean(dim=0)) / self._standard_deviations(settings)
+        settings, losses = self.verified
+        missed = (losses.double() - self._validation_losses(settings).mean(dim=0)) / self._standard_deviations(settings)
+        missed = missed[missed.isfinite() & (missed != 0)]  # a model that diverged; one beyond the reach of the band
+        if not len(missed):
+            raise ValueError(
+                "Not one retrained candidate is finite and near enough to say how far this response is off."
+            )
         scale = missed.square().mean().sqrt() * float(student_t.ppf((1 + coverage) / 2, len(missed)))
         middle, half = self._validation_losses(lam).mean(dim=0), scale * self._standard_deviations(lam)
         return torch.stack([middle - half, middle + half], dim=1).double().numpy()
@@ -241,6 +248,9 @@ class BestResponse:
         found = []
         for one in lam.to(self.hypernetwork.w0):
             variance = self.hypernetwork.variance(one[None], self.sigma.to(one))[:, 0]
+            if not variance.isfinite().all():
+                found.append(variance.new_tensor(torch.inf))
+                continue
             slopes = []
             for k, fold in enumerate(self.folds):
                 w = self._weights(one[None])[k].requires_grad_()

@@ -84,23 +84,23 @@ def test_the_centre_moves_with_lam_hat():
 
 
 def test_the_variance_is_that_of_drawn_hypernetworks():
-    """w₀ ~ N(0, 1), V_j ~ N(0, 1/σ_j²): the weights at λ have the stated variance, on 20,000 draws."""
+    """w₀ and V / 2σ are drawn; the weights at λ have the root of the stated variance, which has a second-order term more."""
     torch.manual_seed(0)
-    own, sigma = torch.tensor([1, 1, 1, 2, 2, -1]), torch.tensor([0.5, 0.3, 0.7])
+    own, sigma = torch.tensor([1, 1, 1, 2, 2, -1]), torch.tensor([0.25, 0.15, 0.35])
     lam, center = torch.tensor([[0.4, -0.6, 0.9], [0.0, 0.0, 0.0]]), torch.zeros(3)
     hypernetwork = Linear().build(
         torch.randn(20_000, 6), center, Layout(torch.zeros(6, dtype=torch.long), [own])
     )  # one for each draw
     dense, local = hypernetwork.maps
-    dense.V.data.normal_().div_(sigma[0])
-    local.V.data.normal_().div_(sigma[own.clamp(min=0)]).mul_(local.present)
+    dense.V.data.normal_().div_(2 * sigma[0])
+    local.V.data.normal_().div_(2 * sigma[own.clamp(min=0)]).mul_(local.present)
     drawn = hypernetwork(lam).detach().var(dim=0)
-    stated = hypernetwork.variance(lam, sigma)[0].expand(2, 6)
+    stated = hypernetwork.variance(lam, sigma)[0].sqrt().expand(2, 6)
     assert_close(drawn, stated, rtol=0.05, atol=0)
     assert_close(stated[1], torch.ones(6))
 
 
 def test_where_no_lam_was_sampled_the_variance_is_infinite():
     hypernetwork = Linear().build(torch.zeros(1, 4), torch.zeros(2), Layout(torch.arange(4)))
-    variance = hypernetwork.variance(torch.tensor([[0.5, 0.0], [0.0, 0.5]]), torch.tensor([0.5, 0.0]))
-    assert variance.flatten().tolist() == [2.0, torch.inf]
+    lam = torch.tensor([[1.0, 0.0], [0.0, 0.5], [4.1, 0.0]])  # the last is further than anybody measured
+    assert hypernetwork.variance(lam, torch.tensor([0.5, 0.0])).flatten().tolist() == [4.0, torch.inf, torch.inf]
