@@ -21,7 +21,7 @@ import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import joblib
@@ -41,8 +41,8 @@ class MLP(BaseEstimator):
 
     Parameters
     ----------
-    hidden : sequence of int, default=(64, 64)
-        Units of each hidden layer; empty for a linear model.
+    hidden : sequence of int or int, default=(64, 64)
+        Units of each hidden layer, or of the only one; empty for a linear model.
     dropout : float, default=0.0
         Dropout rate after every hidden layer. Tunable as ``module__dropout``.
     input_dropout : float, default=0.0
@@ -53,7 +53,7 @@ class MLP(BaseEstimator):
 
     def __init__(
         self,
-        hidden: Sequence[int] = (64, 64),
+        hidden: Sequence[int] | int = (64, 64),
         dropout: float = 0.0,
         input_dropout: float = 0.0,
         activation: str = "relu",
@@ -69,7 +69,7 @@ class MLP(BaseEstimator):
             raise ValueError(f"MLP(activation={self.activation!r}): choose one of {sorted(_ACTIVATIONS)}.")
         layers: list[nn.Module] = [nn.Dropout(self.input_dropout)]
         width = n_features_in
-        for units in self.hidden:
+        for units in self.hidden if isinstance(self.hidden, Iterable) else (self.hidden,):
             layers += [nn.Linear(width, units), _ACTIVATIONS[self.activation](), nn.Dropout(self.dropout)]
             width = units
         return nn.Sequential(*layers, nn.Linear(width, n_outputs))

@@ -33,7 +33,7 @@ def net_of(estimator: Any) -> Net:
         return SkorchNet(last)
     raise TypeError(
         f"HyperTrainingSearchCV tunes a TorchClassifier, a TorchRegressor, a skorch net, or a Pipeline that ends in one; got "
-        f"{type(last).__name__}. Other models have no weights that a gradient could follow: use RandomizedSearchCV."
+        f"{type(last).__name__}{' as the last step' if isinstance(estimator, Pipeline) else ''}. Other models have no weights that a gradient could follow: use RandomizedSearchCV."
     )
 
 
@@ -74,7 +74,7 @@ def make_folds(
         raise ValueError(
             f"The steps before the net give rows of other shapes in other folds: {[tuple(fold.train.x.shape[1:]) for fold in folds]}. "
             "All folds are trained together, so their nets must be of one size: fix what the steps make of the columns "
-            "(categories=... or min_frequency=... of an encoder, a number of features of a selection), or encode X before the search."
+            "(categories=... of an encoder, a number of features of a selection), or encode X before the search."
         )
     return folds
 

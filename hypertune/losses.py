@@ -82,8 +82,14 @@ class CustomLoss:
     def __call__(self, outputs: Tensor, y: Tensor, smoothing: Value = 0.0, *, weighted: bool = False) -> Tensor:
         if not is_zero(smoothing):
             raise ValueError("label_smoothing needs criterion='cross_entropy' or 'squared_error', not a callable.")
-        loss = self.criterion(outputs, y)
         rows = y.shape[0]
+        try:
+            loss = self.criterion(outputs, y)
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"criterion {self.criterion!r} does not take outputs of shape {tuple(outputs.shape)} and targets of shape "
+                f"{tuple(y.shape)} ({error}). A classifier has one output (logit) for each class, and targets that number them."
+            ) from error
         if getattr(self.criterion, "reduction", None) == "none" and loss.dim() > 1:
             loss = loss.flatten(1).mean(dim=1)
         if weighted and loss.dim() == 0:

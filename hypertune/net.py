@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, ClassVar, Protocol, Self
@@ -14,6 +16,7 @@ from typing import Any, ClassVar, Protocol, Self
 import joblib
 import numpy as np
 import torch
+from scipy.sparse import issparse
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
@@ -35,6 +38,7 @@ _LR_SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
     "constant": lambda progress: 1.0,
 }
+_MOST_DENSE = 2**28  # values of a sparse X: a gibibyte of float32
 _OWNERS = ("module", "penalty", "augment")  # parameters whose own keywords are parameters
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _PREDICT_ROWS = 4096
@@ -249,6 +253,11 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
                 setattr(self, owner, with_keywords(owner, function, keywords))
         return self
 
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = True
+        return tags
+
     def __sklearn_clone__(self) -> Self:
         copy = super().__sklearn_clone__()
         vars(copy).update({name: value for name, value in vars(self).items() if name in ("_known", "_row_numbers")})
@@ -262,9 +271,10 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
         The classes are those of ``all_y`` where given: folds that are trained together need the same outputs.
         """
         self._validate_params()
-        X, y = validate_data(self, X, y, **self._checks)
+        X, y = self._validated(X, y)
         self._row_shape = X.shape[1:]
         self._columns = self._find_columns()
+        self._noisy = self._find_noisy(X)
         self._check_arrays()
         weight = None
         if sample_weight is not None:
@@ -280,7 +290,7 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
 
     def _encode_more(self, X: Any, y: Any, sample_weight: Any = None) -> Rows:
         """Further rows (a validation fold) under what :meth:`_encode` learned."""
-        X, y = validate_data(self, X, y, **self._checks, reset=False)
+        X, y = self._validated(X, y, reset=False)
         weight = None
         if sample_weight is not None:
             X, y, sample_weight = _with_weight(X, y, _check_sample_weight(sample_weight, X, ensure_non_negative=True))
@@ -290,7 +300,11 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
     def _note_rows(self, X: Any, y: Any, number: np.ndarray) -> None:
         """Remember, for this estimator and its clones, which rows of the whole data these are."""
         if self._row_numbers is not None:
-            self._row_numbers[fingerprint(*validate_data(self, X, y, **self._checks))] = number
+            self._row_numbers[fingerprint(*self._validated(X, y))] = number
+
+    def _validated(self, X: Any, y: Any, reset: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        X, y = validate_data(self, X, y, accept_sparse="csr", reset=reset, **self._checks)
+        return _dense(X), y
 
     def _own_sample_weight(self, X: np.ndarray, y: np.ndarray) -> np.ndarray:
         """The parameter ``sample_weight`` for these rows: all of them, or those of a fold that a search knows."""
@@ -326,6 +340,14 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
             found[argument] = torch.tensor(numbers, dtype=torch.long, device=self.device)
         return found
 
+    def _find_noisy(self, X: np.ndarray) -> Tensor | None:
+        """Which columns noise and mixup may touch, as ones and zeros: not those of an input that holds whole numbers only (codes)."""
+        noisy = np.ones(self._row_shape)
+        for columns in (self._columns or {}).values():
+            own = np.asarray(X[:, columns.cpu()], dtype=float)
+            noisy[columns.cpu()] = not (own == np.round(own)).all()
+        return None if noisy.all() else self._tensor(noisy)
+
     def _check_arrays(self) -> None:
         """Refuse negative strengths, and noise that is not one number for each feature."""
         for name in ("weight_decay", "l1"):
@@ -352,6 +374,15 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
         n_features_in: Any = self.n_features_in_ if len(self._row_shape) == 1 else self._row_shape
         if self._columns is not None:
             n_features_in = {name: len(columns) for name, columns in self._columns.items()}
+        try:
+            inspect.signature(factory).bind(n_features_in, self.n_outputs_)
+        except TypeError as error:
+            raise TypeError(
+                f"The factory {self.module!r} is called with (n_features_in, n_outputs), here ({n_features_in}, {self.n_outputs_}), "
+                f"which it does not take: {error}."
+            ) from error
+        except ValueError:  # it has no signature to look at
+            pass
         module = factory(n_features_in, self.n_outputs_)
         if not isinstance(module, nn.Module):
             raise TypeError(f"The factory {self.module!r} returned {type(module).__name__}, not a torch.nn.Module.")
@@ -372,6 +403,7 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
             penalty=self.penalty,
             augment=self.augment,
             inputs=self._columns,
+            noisy=self._noisy,
             folds=folds,
         )
 
@@ -395,6 +427,13 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
                 f"The module of {self.module!r} maps {len(x)} rows to shape {tuple(outputs.shape)}; expected "
                 f"({len(x)}, {self.n_outputs_}): one column per {'class' if isinstance(self, ClassifierMixin) else 'output'}."
             )
+        ones = torch.ones(len(x)).to(outputs)
+        if self.criterion == "cross_entropy" and (outputs > 0).all() and torch.allclose(outputs.sum(dim=1), ones):
+            warnings.warn(
+                f"The outputs of {self.module!r} are positive and sum to one. cross_entropy takes logits: leave out the softmax.",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def _adopt(self, module: nn.Module) -> Self:
         """Become a fitted estimator around a trained module."""
@@ -408,6 +447,13 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
                 f"needs criterion='cross_entropy' or 'squared_error' on the estimator, got {self.criterion!r}: a "
                 "callable's targets cannot be smoothed"
             )
+        if name == "weight_decay":
+            optimizer, _ = self._make_optimizer([nn.Parameter(torch.zeros(1))], 1)
+            if own := [group["weight_decay"] for group in optimizer.param_groups if group.get("weight_decay")]:
+                return (
+                    f"the optimizer has a weight decay of its own, {own[0]:g}, beside the loss. Leave it to the search: "
+                    f"optimizer=functools.partial({type(optimizer).__name__}, weight_decay=0.0)"
+                )
         return None
 
     def _loss_values(self) -> dict[str, Any]:
@@ -422,7 +468,7 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
     def _outputs(self, X: Any) -> np.ndarray:
         """Raw outputs of the fitted module, (n_samples, n_outputs)."""
         check_is_fitted(self, "module_")
-        X = validate_data(self, X, dtype="numeric", allow_nd=True, reset=False)
+        X = _dense(validate_data(self, X, dtype="numeric", accept_sparse="csr", allow_nd=True, reset=False))
         with torch.no_grad():
             parts = []
             for i in range(0, len(X), _PREDICT_ROWS):
@@ -435,6 +481,18 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
 
     def _encode_targets(self, y: np.ndarray) -> Tensor:
         raise NotImplementedError
+
+
+def _dense(X: Any) -> np.ndarray:
+    """A sparse matrix as an array, if it is not too large for that."""
+    if not issparse(X):
+        return X
+    if math.prod(X.shape) > _MOST_DENSE:
+        raise ValueError(
+            f"X is sparse, and dense it would have {X.shape[0]:,} × {X.shape[1]:,} values; a torch module needs them all. Make fewer "
+            "features of it first: TruncatedSVD, SelectKBest, max_features=... of a vectorizer."
+        )
+    return X.toarray()
 
 
 def _with_weight(X: np.ndarray, y: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

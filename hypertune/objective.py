@@ -111,6 +111,8 @@ class Objective:
         differ in their hyperparameters share the noise; these arrive as floats.
     inputs : mapping from str to Tensor, optional
         For each argument of the module's forward the numbers of its columns of x. Without it x is the one argument.
+    noisy : Tensor of shape (features,), optional
+        Ones, and zeros where input noise and mixup leave x as it is.
     folds : int, default=1
         K: the M models of a pass are K folds times M/K weights each. Buffers (running statistics) are kept per fold.
 
@@ -138,11 +140,13 @@ class Objective:
         penalty: Callable[..., Tensor] | None = None,
         augment: Callable[..., Tensor] | None = None,
         inputs: Mapping[str, Tensor] | None = None,
+        noisy: Tensor | None = None,
         folds: int = 1,
         penalise_biases: bool = False,
     ):
         self.loss = loss
         self.penalty, self.augment, self.inputs = penalty, augment, inputs
+        self._noisy: Tensor | float = 1.0 if noisy is None else noisy
         self.reach = dict(reach or {})
         self.stacked = True
         self.has_statistics = bool(list(module.buffers()))
@@ -310,7 +314,7 @@ class Objective:
         noise = values.get("input_noise", 0.0)
         if not is_zero(noise):
             # One draw for all models: common random numbers.
-            x = x + _rowwise(noise, x) * torch.randn(x.shape[1:], dtype=x.dtype, device=x.device)
+            x = x + _rowwise(noise, x) * self._noisy * torch.randn(x.shape[1:], dtype=x.dtype, device=x.device)
         named = self.named(w)
         forward = partial(self._outputs, named, values=values, training=True, keep=keep_statistics)
         if is_zero(mixup):
@@ -318,7 +322,7 @@ class Objective:
         else:  # Zhang et al. (2018), with a uniform share instead of a Beta: 0 is none, and neighbours share the draw
             other = torch.randperm(x.shape[1], device=x.device)
             share = 0.5 * mixup * torch.rand((), dtype=x.dtype, device=x.device)
-            x = torch.lerp(x, x[:, other], _rowwise(share, x))
+            x = torch.lerp(x, x[:, other], _rowwise(share, x) * self._noisy)
             outputs = forward(x)
             mixed_in = self._mean_loss(outputs, batch._replace(y=batch.y[:, other]), smoothing)
             loss = (1 - share) * self._mean_loss(outputs, batch, smoothing) + share * mixed_in
@@ -404,9 +408,11 @@ class Objective:
                 self._outputs(self.named(w), x.expand(2, *x.shape), tensors, training=training)
         except Exception as error:
             self.stacked = False
+            why = str(error).partition(" We don't support")[0].splitlines()[0]
             warnings.warn(
                 f"The folds are trained one after the other: {type(self._modules[True]).__name__} does not work under "
-                f"torch.func.vmap ({str(error).splitlines()[0]}).",
+                f"torch.func.vmap ({why}). What does not: recurrent layers, branches that depend on values, F.dropout with a tuned "
+                "rate (nn.Dropout does).",
                 UserWarning,
                 stacklevel=2,
             )

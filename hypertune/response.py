@@ -120,7 +120,7 @@ class BestResponse:
         ValueError
             For a name that was not tuned, a value out of its range, or a setting other than λ̂ if no response was learned.
         """
-        return self.objective.named(self._weights(self._lam([params or {}]))[fold, 0])
+        return self.objective.named(self._weights(self._lam([{} if params is None else params]))[fold, 0])
 
     def estimator_at(self, params: Mapping[str, Value] | None = None, *, fold: int = 0) -> Any:
         """A fitted estimator at a setting, without training: the net, or the Pipeline around it.
@@ -137,7 +137,7 @@ class BestResponse:
         ValueError
             As in :meth:`weights`.
         """
-        setting = self._complete(params or {})
+        setting = self._complete({} if params is None else params)
         net = copy.deepcopy(self.folds[fold].net).set_params(**self._own(setting))
         net = net._adopt(self._module(net, self._lam([setting]), fold))
         preprocess = self.folds[fold].preprocess
@@ -147,7 +147,7 @@ class BestResponse:
 
     def validation_loss(self, params: Mapping[str, Value] | None = None) -> float:
         """Validation loss at a setting, mean over rows and then over folds; no penalties, no noise. Errors as in :meth:`weights`."""
-        return float(self._validation_losses(self._lam([params or {}])).mean())
+        return float(self._validation_losses(self._lam([{} if params is None else params])).mean())
 
     def validation_curve(self, name: str, values: Sequence[Value]) -> np.ndarray:
         """Validation loss along one hyperparameter, the others at λ̂.
@@ -162,7 +162,7 @@ class BestResponse:
         ValueError
             As in :meth:`weights`.
         """
-        return self._validation_losses(self._lam([{name: value} for value in values])).T.double().numpy()
+        return self._validation_losses(self._along(name, values)).T.double().numpy()
 
     def validation_band(self, name: str, values: Sequence[Value], *, coverage: float = 0.9) -> np.ndarray:
         """Where retraining would put the validation loss, along one hyperparameter, the others at λ̂.
@@ -191,7 +191,7 @@ class BestResponse:
         """
         if not 0 < coverage < 1:
             raise ValueError(f"coverage must be between 0 and 1, got {coverage!r}.")
-        lam = self._lam([{name: value} for value in values])
+        lam = self._along(name, values)
         if self.sigma is None:
             raise ValueError('Only a linear response has a band: use algorithm="joint" and hypernetwork="linear".')
         if self.verified is None:
@@ -261,7 +261,14 @@ class BestResponse:
             found.append((variance * torch.cat(slopes).square()).sum(dim=1).sqrt().mean())
         return torch.stack(found).cpu().double()
 
+    def _along(self, name: str, values: Sequence[Value]) -> Tensor:
+        if isinstance(values, Mapping) or not hasattr(values, "__len__") or not len(values):
+            raise ValueError(f"values must be a sequence of at least one value of {name!r}, got {values!r}.")
+        return self._lam([{name: value} for value in values])
+
     def _complete(self, params: Mapping[str, Value]) -> dict[str, Value]:
+        if not isinstance(params, Mapping):
+            raise TypeError(f"A setting is a dict from name to value, such as {self.params!r}; got {params!r}.")
         if unknown := sorted(set(params) - set(self.space.names)):
             raise ValueError(f"{unknown[0]!r} was not tuned; this best response knows {list(self.space.names)}.")
         for h in self.space.hyperparameters:

@@ -24,7 +24,7 @@ from sklearn.model_selection._search import BaseSearchCV
 from sklearn.utils import get_tags
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.validation import _num_samples, indexable
-from torch import Tensor
+from torch import Tensor, nn
 
 from hypertune.callbacks import epochs
 from hypertune.folds import last_step, make_folds, net_of, prefix_of
@@ -40,6 +40,8 @@ from hypertune.retraining import retrain, screen
 from hypertune.space import Space
 from hypertune.training import hyper_train, stack
 from hypertune.tunable import check_names, with_rows
+
+_NOTICEABLE = 0.01  # units of λ
 
 
 class Setup(NamedTuple):
@@ -391,8 +393,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
             self._known.append(response)
             return [response.params]
         tuned = space.encode(response.params)
-        candidates = [tuned, current] if start is None else [tuned, (tuned + start) / 2, start, current]
-        candidates = list({tuple(lam.tolist()): lam for lam in candidates}.values())
+        candidates = _distinct(tuned, [] if start is None else [(tuned + start) / 2, start], current)
         if self._may_retrain_together():
             retrained = retrain(space, prefix, folds, objective, torch.stack(candidates))
             if retrained is not None:
@@ -479,6 +480,11 @@ class HyperTrainingSearchCV(BaseSearchCV):
         for h in space.hyperparameters:
             name = h.name
             where = f"param_distributions[{name!r}]"
+            if name not in valid and isinstance(valid.get(f"{prefix}module"), nn.Module):
+                raise ValueError(
+                    f"{where}: module is a {type(valid[f'{prefix}module']).__name__} that is built already, so no keyword of it can be set. Give its class or "
+                    "another factory (n_features_in, n_outputs) -> nn.Module with that keyword."
+                )
             if name not in valid:
                 near = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
                 near += [known for known in valid if known.endswith(f"__{name}") and known not in near]
@@ -511,6 +517,15 @@ class _DrawnOnce:
         if not hasattr(self, "splits"):
             self.splits = list(self.cv.split(*args, **kwargs))
         return iter(self.splits)
+
+
+def _distinct(tuned: Tensor, others: Sequence[Tensor], current: Tensor) -> list[Tensor]:
+    """The settings to verify: the others only where they are noticeably different."""
+    kept = [tuned]
+    for lam in others:
+        if all((lam - known).abs().max() > _NOTICEABLE for known in (*kept, current)):
+            kept.append(lam)
+    return kept if torch.equal(tuned, current) else [*kept, current]
 
 
 def _out_of_corners(space: Space, current: Tensor) -> Tensor:

@@ -269,7 +269,9 @@ def _as_prior(name: str, distribution: Any) -> tuple[Any, bool]:
     if hasattr(distribution, "rvs"):
         raise ValueError(f"{where}: {distribution!r} is not a continuous distribution; {outer}")
     if isinstance(distribution, (list, tuple, np.ndarray, range)):
-        raise ValueError(f"{where}: a list of choices has no gradient; {outer}")
+        raise ValueError(
+            f"{where}: a list of choices has no gradient; for a range write loguniform(low, high) or uniform(low, high - low); {outer}"
+        )
     raise TypeError(
         f"{where}: got {distribution!r}; expected a frozen continuous scipy.stats distribution, such as "
         "loguniform(1e-6, 1e1) or uniform(0, 0.8), or optuna.distributions.FloatDistribution, or one of them in "

@@ -44,7 +44,7 @@ def check_names(net: Net, space: Space, prefix: str) -> None:
     """
     for h in space.hyperparameters:
         where, own = f"param_distributions[{h.name!r}]", h.name.removeprefix(prefix)
-        if h.grain not in _GRAINS.get(net.loss_names.get(own, ""), (None,)):
+        if h.grain not in (_GRAINS.get(own, (None,)) if net.loss_names.get(own) == own else (None,)):
             raise ValueError(
                 f"{where}: per_{h.grain}(...) needs something that has such a shape: weight_decay or l1 of a TorchClassifier or "
                 "TorchRegressor (per_feature also input_noise). This one is a single number."
@@ -63,7 +63,7 @@ def check_names(net: Net, space: Space, prefix: str) -> None:
         low, high = LOSS_HYPERPARAMETERS[net.loss_names[own]]
         if not (low <= h.support[0] and h.support[1] <= high):
             raise ValueError(
-                f"{where}: the range [{h.support[0]:g}, {h.support[1]:g}] must lie in [{low:g}, {high:g}]."
+                f"{where}: the range [{h.support[0]:g}, {h.support[1]:g}]{_ends(h)} must lie in [{low:g}, {high:g}]."
             )
 
 
@@ -91,7 +91,8 @@ def find_reaches(net: Net, space: Space, prefix: str) -> dict[str, list[Reach]]:
             reaches[own] = find_reach(build, low, high)
         except ValueError as error:
             raise ValueError(
-                f"{where}: {error}. Set it on the estimator, or give it to an outer search (OptunaSearchCV, GridSearchCV)."
+                f"{where}: {error}{_ends(h)}. Set it on the estimator, or give it to an outer search "
+                "(GridSearchCV, OptunaSearchCV)."
             ) from error
         module = build(low)
         for path, name, a, b in reaches[own]:
@@ -100,7 +101,7 @@ def find_reaches(net: Net, space: Space, prefix: str) -> dict[str, list[Reach]]:
                 rates[0] >= 0 and rates[1] < 1
             ):
                 raise ValueError(
-                    f"{where}: the range takes {path}.{name} from {rates[0]:g} to {rates[1]:g}; a dropout rate must lie in [0, 1)."
+                    f"{where}: the range takes {path}.{name} from {rates[0]:g} to {rates[1]:g}{_ends(h)}; a dropout rate must lie in [0, 1)."
                 )
         taken = {(r.path, r.name) for key, found in reaches.items() if key != own for r in found}
         if both := [f"{r.path}.{r.name}" for r in reaches[own] if (r.path, r.name) in taken]:
@@ -117,6 +118,13 @@ def find_reaches(net: Net, space: Space, prefix: str) -> dict[str, list[Reach]]:
                     "(nn.Dropout(0.0) does nothing)."
                 )
     return reaches
+
+
+def _ends(h: Hyperparameter) -> str:
+    """A hint for those who took scipy's second argument for the upper end."""
+    dist = getattr(h.prior, "dist", None)
+    shifted = getattr(dist, "name", "") == "uniform" and h.support[0] > 0
+    return f" (its range ends at {h.support[1]:g}: uniform(a, b) goes from a to a + b)" if shifted else ""
 
 
 def arrangements(net: Net, objective: Objective, space: Space, prefix: str, x: Tensor, n_rows: int) -> dict[str, Shape]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy import sparse
-from scipy.stats import loguniform
+from scipy.stats import loguniform, uniform
 from sklearn.compose import ColumnTransformer
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
@@ -112,10 +112,34 @@ def test_several_targets_go_through_the_search():
     assert found.best_score_ > 0.9
 
 
-def test_sparse_X_is_refused_before_training(iris):
+def test_sparse_X_is_made_dense_unless_that_is_too_large(iris, monkeypatch):
     X, y = iris
-    with pytest.raises(TypeError, match=r"[Ss]parse data was passed.*dense data is required"):
-        tune(NET, sparse.csr_matrix(X), y)
+    X = np.where(np.abs(X) < 0.5, 0.0, X)
+    found, reference = tune(NET, sparse.csr_matrix(X), y), tune(NET, X, y)
+    assert found.best_params_ == reference.best_params_
+    assert_allclose(found.predict_proba(sparse.coo_array(X)), reference.predict_proba(X))
+    monkeypatch.setattr("hypertune.net._MOST_DENSE", X.size // 2 - 1)
+    with pytest.raises(ValueError, match=r"dense it would have 75 × 4 values.*TruncatedSVD"):
+        NET.__sklearn_clone__().fit(sparse.csr_matrix(X[:75]), y[:75])
+
+
+class Coded(nn.Module):
+    def __init__(self, sizes: dict[str, int], outputs: int):
+        super().__init__()
+        self.embedding, self.out = nn.Embedding(3, 4), nn.Linear(sizes["numbers"] + 4, outputs)
+
+    def forward(self, numbers: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.cat([numbers, self.embedding(code[:, 0].long())], dim=-1))
+
+
+def test_neither_noise_nor_mixup_touches_codes(iris):
+    """A standard deviation of five would take the codes out of the table of embeddings."""
+    X = np.c_[iris[0][:, :2], np.arange(len(iris[0])) % 3]
+    net = TorchClassifier(Coded, inputs={"numbers": [0, 1], "code": [2]}, max_epochs=3, random_state=0)
+    net.set_params(input_noise=5.0, mixup=1.0).fit(X, iris[1])
+    space = {"input_noise": uniform(0, 9), "mixup": uniform(0, 1)}
+    found = HyperTrainingSearchCV(net, space, cv=2, random_state=0, error_score="raise").fit(X, iris[1])
+    assert np.ptp(found.history_["input_noise"]) > 0  # it is felt by the numbers
 
 
 @pytest.mark.parametrize("frame", [pd.DataFrame, pl.DataFrame])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy.stats import loguniform, uniform
 from sklearn.base import clone
 from sklearn.compose import make_column_transformer
@@ -52,6 +53,11 @@ def no_training(monkeypatch):
             {"module__dropout": uniform(0, 1.5)},
             r"\['module__dropout'\].*dropout probability has to be between 0 and 1",
         ),
+        (
+            {"module__dropout": uniform(0.5, 0.8)},
+            r"between 0 and 1.*ends at 1\.3: uniform\(a, b\) goes from a to a \+ b",
+        ),
+        ({"label_smoothing": (0.0, 0.1)}, r"for a range write loguniform\(low, high\)"),
         ({"module__dropout": uniform(0, 1)}, r"\['module__dropout'\].*a dropout rate must lie in \[0, 1\)"),
         (
             {"module__activation": uniform(0, 1)},
@@ -87,6 +93,12 @@ def test_bad_spaces_are_refused_by_name(iris, space, message):
          ValueError, r"\['s__with_mean'\]: it belongs to a preprocessing step"),
         ({"estimator": clone(NET).set_params(criterion=nn.CrossEntropyLoss())}, ValueError,
          r"\['label_smoothing'\]: needs criterion='cross_entropy'"),
+        ({"estimator": clone(NET).set_params(optimizer=torch.optim.AdamW)}, ValueError,
+         r"\['weight_decay'\]: the optimizer has a weight decay of its own, 0\.01.*functools\.partial\(AdamW, weight_decay=0\.0\)"),
+        ({"estimator": clone(NET).set_params(module=nn.Linear(4, 3))}, ValueError,
+         r"\['module__dropout'\]: module is a Linear that is built already"),
+        ({"estimator": clone(NET).set_params(module=nn.ReLU), "param_distributions": {"l1": uniform(0, 1)}},
+         TypeError, r"called with \(n_features_in, n_outputs\), here \(4, 3\)"),
         ({"estimator": clone(NET).set_params(module=lambda n, m: None), "param_distributions": {"l1": uniform(0, 1)}},
          TypeError, "returned NoneType"),
         ({"estimator": clone(NET).set_params(module=lambda n, m: nn.Linear(n, 7)), "param_distributions": {"l1": uniform(0, 1)}},
@@ -152,3 +164,18 @@ def test_folds_of_other_widths_are_refused_with_what_to_do():
     )  # fmt: skip
     with pytest.raises(ValueError, match="rows of other shapes in other folds"):
         own.fit(X, np.arange(30) % 2)
+
+
+def test_a_softmax_at_the_end_is_noticed(iris):
+    net = TorchClassifier(lambda n, m: nn.Sequential(nn.Linear(n, m), nn.Softmax(dim=-1)), max_epochs=1)
+    with pytest.warns(UserWarning, match="leave out the softmax"):
+        net.fit(*iris)
+
+
+def test_a_criterion_that_does_not_take_the_outputs_is_refused_in_words(iris):
+    net = TorchClassifier(criterion=nn.BCEWithLogitsLoss(), max_epochs=1)
+    with pytest.raises(
+        ValueError,
+        match=r"outputs of shape \(64, 3\) and targets of shape \(64,\).*one output \(logit\) for each class",
+    ):
+        net.fit(*iris)

@@ -21,6 +21,7 @@ from hypertune.objective import Objective
 from hypertune.recipes import choose
 from hypertune.response import Fold, full_losses
 from hypertune.retraining import Retrained, retrain, screen
+from hypertune.search import _distinct
 from hypertune.space import Space
 from hypertune.training import stack
 
@@ -106,15 +107,15 @@ def test_a_handful_of_settings_is_screened_and_the_best_is_start_and_candidate(b
     X, y = breast_cancer
     net = clone(NET).set_params(max_epochs=40, lr=1e-2, input_noise=0.0)
     space = {"weight_decay": loguniform(1e-6, 1e1), "module__dropout": uniform(0, 0.8)}
-    found = search(net, space, start="screened", scoring="neg_log_loss", hyper_lr=1e-6).fit(X, y)
+    found = search(net, space, start="screened", scoring="neg_log_loss", hyper_lr=5e-4).fit(X, y)
     tuned, middle, best, current = found.cv_results_["params"]
     assert current == {"weight_decay": pytest.approx(1e-6), "module__dropout": 0.1}
     low, high = loguniform(1e-6, 1e1).ppf([0.4, 0.7])
     assert low <= best["weight_decay"] <= high
     assert best["module__dropout"] == pytest.approx(0.1) or best["module__dropout"] == pytest.approx(0.2)
-    for name in space:  # λ̂ starts at the best of them, and does not move at this step size
-        assert tuned[name] == pytest.approx(best[name], rel=1e-2)
-        assert middle[name] == pytest.approx(best[name], rel=1e-2)
+    for name in space:  # λ̂ starts at the best of them, and hardly moves at this step size
+        assert tuned[name] == pytest.approx(best[name], rel=5e-2)
+        assert middle[name] == pytest.approx(best[name], rel=5e-2)
     scores = found.cv_results_["mean_test_score"]
     assert scores[2] > scores[3]
     assert used.count(True) == 12
@@ -210,6 +211,14 @@ def test_nothing_of_it_is_kept(iris):
     assert not any(fold.net._known for fold in found.best_response_.folds)
     assert not found.best_estimator_._known
     assert "_known" not in vars(found)
+
+
+def test_settings_that_hardly_differ_are_verified_once():
+    tuned, near, far = torch.zeros(2), torch.tensor([0.0, 0.009]), torch.tensor([0.0, 1.0])
+    assert _distinct(tuned, [near, far], far) == [tuned, far]
+    kept = _distinct(tuned, [near, torch.tensor([0.5, 0.0])], near)  # the estimator's own setting always is
+    assert [lam.tolist() for lam in kept] == [[0, 0], [0.5, 0], near.tolist()]
+    assert len(_distinct(tuned, [], tuned.clone())) == 1
 
 
 def test_large_models_are_not_screened(iris):

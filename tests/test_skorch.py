@@ -17,7 +17,7 @@ from skorch import NeuralNetBinaryClassifier, NeuralNetClassifier, NeuralNetRegr
 from skorch.callbacks import LRScheduler
 from torch import nn
 
-from hypertune import HyperTrainingSearchCV
+from hypertune import HyperTrainingSearchCV, per_layer
 from hypertune.batches import Batch
 from hypertune.skorch import SkorchNet
 
@@ -149,6 +149,7 @@ def test_the_learning_rate_follows_the_nets_scheduler():
     [
         (classifier(optimizer=torch.optim.AdamW), SPACE, "AdamW shrinks the weights beside the loss"),
         (classifier(criterion__weight=torch.ones(3)), SPACE, "needs criterion=torch.nn.CrossEntropyLoss"),
+        (classifier(), {"optimizer__weight_decay": per_layer(loguniform(1e-5, 1))}, "This one is a single number"),
         (classifier(), {"lr": loguniform(1e-4, 1)}, "does not change the loss"),
         (classifier(), {"module__dropuot": uniform(0, 0.5)}, "did you mean 'module__dropout'"),
         (classifier(), {"module__width": uniform(4, 10)}, "the factory does not take"),
