@@ -146,7 +146,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
     Attributes
     ----------
     cv_results_ : dict of arrays
-        As in ``GridSearchCV``; one row per candidate.
+        As in ``GridSearchCV``; one row per candidate. Where these were retrained together, ``mean_fit_time`` is what it took to fetch one.
     best_estimator_ : estimator
         Refitted on all the data with ``best_params_``; only if ``refit``.
     best_score_ : float
@@ -493,14 +493,14 @@ class HyperTrainingSearchCV(BaseSearchCV):
             if not name.startswith(prefix):
                 raise ValueError(
                     f"{where}: it belongs to a preprocessing step, which is fitted and not trained: no gradient reaches it. "
-                    "Set it on the pipeline, or give it to an outer search (OptunaSearchCV, GridSearchCV)."
+                    "Set it on the pipeline, or give it to an outer search (GridSearchCV, or OptunaSearchCV of optuna-integration)."
                 )
             if h.grain is not None and isinstance(valid[name], (Mapping, Sequence, np.ndarray)):
                 continue
             if not isinstance(valid[name], Real) or isinstance(valid[name], bool):
                 raise ValueError(
                     f"{where}: its current value {valid[name]!r} is not a number, so there is no gradient to follow. Set it on "
-                    "the estimator, or give it to an outer search (OptunaSearchCV, GridSearchCV)."
+                    "the estimator, or give it to an outer search (GridSearchCV, or OptunaSearchCV of optuna-integration)."
                 )
 
 

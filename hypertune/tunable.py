@@ -55,7 +55,7 @@ def check_names(net: Net, space: Space, prefix: str) -> None:
             raise ValueError(
                 f"{where}: {own!r} does not change the loss that training minimises, so there is no gradient to follow "
                 "(Lorraine & Duvenaud 2018, section 2.2). Set it on the estimator, or give it to an outer search "
-                f"(OptunaSearchCV, GridSearchCV). By gradient: {sorted(net.loss_names)}, the keywords of "
+                f"(GridSearchCV, or OptunaSearchCV of optuna-integration). By gradient: {sorted(net.loss_names)}, the keywords of "
                 "penalty and augment, and the dropout rates among module__…."
             )
         if reason := net._why_not(own):
@@ -92,7 +92,7 @@ def find_reaches(net: Net, space: Space, prefix: str) -> dict[str, list[Reach]]:
         except ValueError as error:
             raise ValueError(
                 f"{where}: {error}{_ends(h)}. Set it on the estimator, or give it to an outer search "
-                "(GridSearchCV, OptunaSearchCV)."
+                "(GridSearchCV, or OptunaSearchCV of optuna-integration)."
             ) from error
         module = build(low)
         for path, name, a, b in reaches[own]:
