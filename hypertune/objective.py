@@ -378,9 +378,9 @@ class Objective:
         """
         return self._mean_loss(self._outputs(self.named(w), batch.x, {}, training=False, fold=fold), batch, 0.0)
 
-    def predict(self, w: Tensor, x: Tensor) -> Tensor:
-        """Outputs in eval mode: w (M, D), x (M, B, ...) → (M, B, outputs)."""
-        return self._outputs(self.named(w), x, {}, training=False)
+    def predict(self, w: Tensor, x: Tensor, *, fold: int | None = None) -> Tensor:
+        """Outputs in eval mode: w (M, D), x (M, B, ...) → (M, B, outputs); ``fold`` whose running statistics are used, as in valid_loss."""
+        return self._outputs(self.named(w), x, {}, training=False, fold=fold)
 
     def try_stacking(self, x: Tensor, values: Mapping[str, float]) -> None:
         """Find out whether the module works under vmap; otherwise fall back to a loop over models, with a warning.

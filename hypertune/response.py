@@ -23,6 +23,9 @@ from hypertune.objective import Objective
 from hypertune.randomness import isolated
 from hypertune.space import Space, Value
 
+_LOOKED_AT = 100  # rows
+_NOTHING = 0.01  # standard deviation over rows of the outputs: logits, or standardised targets
+
 
 @dataclass(frozen=True)
 class Fold:
@@ -221,6 +224,15 @@ class BestResponse:
         own = net.get_params()
         setting = {name: own[name.removeprefix(self.prefix)] for name in self.space.names}
         net._adopt(self._module(net, self._lam([setting]), keys.index(key)))
+        return True
+
+    def says_nothing(self) -> bool:
+        """Whether w_φ(λ̂) has the same outputs for all rows of every fold: no slope leads out of a regularisation so strong."""
+        w = self._weights(self._lam([{}]))
+        for k, fold in enumerate(self.folds):
+            x = fold.with_fewer_valid(_LOOKED_AT).valid.x
+            if self.objective.predict(w[k], x[None], fold=k).std(dim=1).max() > _NOTHING:
+                return False
         return True
 
     def _module(self, net: Net, lam: Tensor, fold: int) -> nn.Module:

@@ -99,7 +99,7 @@ def screen(space: Space, prefix: str, folds: list[Fold], objective: Objective, c
 
     They are ``current`` (n,), a line of quantiles of all logarithmic hyperparameters together with the others as they are, and
     two of that line with the others a quarter of the way up. They are trained for a third of a fit (at least 150 steps, at most a
-    whole fit), with a schedule of that length: which is best is seen by then, which of the others is good may not be. But what
+    whole fit) on as many of the folds as is cheap, with a schedule of that length: which is best is seen by then, which of the others is good may not be. But what
     overfits late looks good so early: where ``current`` is best, the strongest of the line that is nearly as good is taken. If
     the best is inside the line, λ̂ starts at the vertex of the parabola through it and its neighbours.
     """
@@ -109,9 +109,10 @@ def screen(space: Space, prefix: str, folds: list[Fold], objective: Objective, c
     as_they_are = torch.where(log, line, current)
     up = torch.where(log, line[1:3], quarter) if log.any() else quarter
     settings = torch.cat([as_they_are, current[None], up])
-    if len(folds) * len(settings) * objective.D > _SCREENED_WEIGHTS:
+    affordable = _SCREENED_WEIGHTS // (len(settings) * objective.D)
+    if not affordable:
         return None
-    net = folds[0].net
+    folds, net = folds[:affordable], folds[0].net
     per_epoch = Minibatches([fold.train for fold in folds], net.batch_size, seed=0).steps_per_epoch
     steps = max(_SCREENED_SHARE * net.max_epochs * per_epoch, _SCREENED_STEPS)
     screened = retrain(
@@ -148,12 +149,34 @@ def retrain(
     ):
         return None
     seed = draw_seed(clone(net).random_state)
-    alone = [Minibatches([fold.train], net.batch_size, seed=seed) for fold in folds]
-    if len({(stream.batch_size, stream.steps_per_epoch) for stream in alone}) > 1:
-        return None
+    epochs = net.max_epochs if epochs is None else epochs
+    # Folds of other sizes have other minibatches and schedules: those that are alike are trained together.
+    alike: dict[tuple[int, int], list[int]] = {}
+    for k, fold in enumerate(folds):
+        stream = Minibatches([fold.train], net.batch_size, seed=seed)
+        alike.setdefault((stream.batch_size, stream.steps_per_epoch), []).append(k)
+    parts = []
+    for group in alike.values():
+        trained = _train(space, prefix, [folds[k] for k in group], objective, lam, epochs, seed)
+        if trained is None:
+            return None
+        parts.append(trained)
+    weights, curves = parts[0]
+    if len(parts) > 1:
+        order = torch.tensor([k for group in alike.values() for k in group]).argsort()
+        weights = torch.cat([part[0] for part in parts])[order.to(weights.device)]
+        curves = torch.cat([part[1] for part in parts], dim=1)[:, order.to(weights.device)]
+    keys = [fingerprint(*fold.train[:3]) for fold in folds]
+    return Retrained(space, prefix, lam, weights, curves.cpu(), objective, keys, net.n_outputs_)
+
+
+def _train(
+    space: Space, prefix: str, folds: list[Fold], objective: Objective, lam: Tensor, epochs: int, seed: int
+) -> tuple[Tensor, Tensor] | None:
+    """Weights (K, C, D) and curves (epochs, K, C) on folds with as many minibatches; None under an optimizer that sees all weights."""
+    net, K, C = folds[0].net, len(folds), len(lam)
     stream = Minibatches([fold.train for fold in folds], net.batch_size, seed=seed)
     per_epoch = stream.steps_per_epoch
-    epochs = net.max_epochs if epochs is None else epochs
     with isolated(seed, net.device):
         w0 = []
         for fold in folds:
@@ -172,5 +195,4 @@ def retrain(
             optimizer.step()
             schedule.step()
             curves[number // per_epoch] += loss.detach() / per_epoch
-    keys = [fingerprint(*fold.train[:3]) for fold in folds]
-    return Retrained(space, prefix, lam, w.detach(), curves.cpu(), objective, keys, net.n_outputs_)
+    return w.detach(), curves

@@ -42,6 +42,7 @@ from hypertune.training import hyper_train, stack
 from hypertune.tunable import check_names, with_rows
 
 _NOTICEABLE = 0.01  # units of λ
+_FURTHER = (0.5, 1.0)  # times as far from λ̂'s start as the tuned setting is, on the other side
 
 
 class Setup(NamedTuple):
@@ -387,6 +388,9 @@ class HyperTrainingSearchCV(BaseSearchCV):
             grain_scale = choose_scale(lambda some, scale: tune(some, grain_scale=scale)[0], folds) if held else None
         with self._hyper_training_task(self._epochs()) as end_epoch:
             response, history = tune(folds, grain_scale=grain_scale, end_epoch=end_epoch)
+        if response.says_nothing():
+            start = space.quantile(np.full((1, space.n), 1 / 3))[0]
+            response, history = tune(folds, start=start, grain_scale=grain_scale)
         self.history_ = history | {"grain_scale": grain_scale}
         self.best_response_ = response
         if self.evaluate == "hypernetwork":
@@ -397,8 +401,17 @@ class HyperTrainingSearchCV(BaseSearchCV):
         if self._may_retrain_together():
             retrained = retrain(space, prefix, folds, objective, torch.stack(candidates))
             if retrained is not None:
+                losses = retrained.validation_losses(folds)
                 self._known.append(retrained)
-                response.verified = retrained.lam, retrained.validation_losses(folds)
+                response.verified = retrained.lam, losses
+                if (
+                    start is not None and len(candidates) == 4 and losses[2] < losses[1] < losses[0]
+                ):  # λ̂ went the wrong way
+                    further = start + torch.tensor(_FURTHER)[:, None] * (start - tuned)
+                    further = torch.minimum(torch.maximum(further, space.low), space.high)
+                    if (more := retrain(space, prefix, folds, objective, further)) is not None:
+                        self._known.append(more)
+                        candidates[3:3] = list(further)
         return [space.decode(lam) for lam in candidates]
 
     def _set_up(self) -> Setup:
