@@ -36,13 +36,10 @@ from hypertune.objective import Objective
 from hypertune.randomness import draw_seed
 from hypertune.recipes import NAMES
 from hypertune.response import BestResponse, Fold
-from hypertune.retraining import retrain, screen
+from hypertune.retraining import distinct, retrain_candidates, screen
 from hypertune.space import Space
 from hypertune.training import hyper_train, stack
 from hypertune.tunable import check_names, with_rows
-
-_NOTICEABLE = 0.01  # units of λ
-_FURTHER = (0.5, 1.0)  # times as far from λ̂'s start as the tuned setting is, on the other side
 
 
 class Setup(NamedTuple):
@@ -397,21 +394,10 @@ class HyperTrainingSearchCV(BaseSearchCV):
             self._known.append(response)
             return [response.params]
         tuned = space.encode(response.params)
-        candidates = _distinct(tuned, [] if start is None else [(tuned + start) / 2, start], current)
+        candidates = distinct(tuned, start, current)
         if self._may_retrain_together():
-            retrained = retrain(space, prefix, folds, objective, torch.stack(candidates))
-            if retrained is not None:
-                losses = retrained.validation_losses(folds)
-                self._known.append(retrained)
-                response.verified = retrained.lam, losses
-                if (
-                    start is not None and len(candidates) == 4 and losses[2] < losses[1] < losses[0]
-                ):  # λ̂ went the wrong way
-                    further = start + torch.tensor(_FURTHER)[:, None] * (start - tuned)
-                    further = torch.minimum(torch.maximum(further, space.low), space.high)
-                    if (more := retrain(space, prefix, folds, objective, further)) is not None:
-                        self._known.append(more)
-                        candidates[3:3] = list(further)
+            candidates, retrained, response.verified = retrain_candidates(space, prefix, folds, objective, candidates)
+            self._known += retrained
         return [space.decode(lam) for lam in candidates]
 
     def _set_up(self) -> Setup:
@@ -530,15 +516,6 @@ class _DrawnOnce:
         if not hasattr(self, "splits"):
             self.splits = list(self.cv.split(*args, **kwargs))
         return iter(self.splits)
-
-
-def _distinct(tuned: Tensor, others: Sequence[Tensor], current: Tensor) -> list[Tensor]:
-    """The settings to verify: the others only where they are noticeably different."""
-    kept = [tuned]
-    for lam in others:
-        if all((lam - known).abs().max() > _NOTICEABLE for known in (*kept, current)):
-            kept.append(lam)
-    return kept if torch.equal(tuned, current) else [*kept, current]
 
 
 def _out_of_corners(space: Space, current: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from numpy.testing import assert_allclose
 from scipy.stats import loguniform, uniform
 from sklearn.base import clone
+from sklearn.metrics import log_loss
 from sklearn.model_selection import KFold, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -20,8 +21,7 @@ from hypertune.losses import cross_entropy
 from hypertune.objective import Objective
 from hypertune.recipes import choose
 from hypertune.response import Fold, full_losses
-from hypertune.retraining import Retrained, retrain, screen
-from hypertune.search import _distinct
+from hypertune.retraining import Retrained, distinct, retrain, retrain_candidates, screen
 from hypertune.space import Space
 from hypertune.training import stack
 
@@ -215,16 +215,71 @@ def test_nothing_of_it_is_kept(iris):
 
 def test_settings_that_hardly_differ_are_verified_once():
     tuned, near, far = torch.zeros(2), torch.tensor([0.0, 0.009]), torch.tensor([0.0, 1.0])
-    assert _distinct(tuned, [near, far], far) == [tuned, far]
-    kept = _distinct(tuned, [near, torch.tensor([0.5, 0.0])], near)  # the estimator's own setting always is
-    assert [lam.tolist() for lam in kept] == [[0, 0], [0.5, 0], near.tolist()]
-    assert len(_distinct(tuned, [], tuned.clone())) == 1
+    assert [lam.tolist() for lam in distinct(tuned, near, far)] == [[0, 0], [0, 1]]
+    assert [lam.tolist() for lam in distinct(tuned, far, far)] == [[0, 0], [0, 0.5], [0, 1]]
+    assert distinct(tuned, None, near) == [tuned, near]  # the estimator's own setting always is
+    assert len(distinct(tuned, None, tuned.clone())) == 1
 
 
 def test_large_models_are_not_screened(iris):
-    net = clone(NET).set_params(module=MLP(hidden=(256, 256)), max_epochs=1)
+    net = clone(NET).set_params(module=MLP(hidden=(512, 512)), max_epochs=1)
     found = search(net, {"weight_decay": loguniform(1e-6, 1e1)}, start="screened").fit(*iris)
     assert len(found.cv_results_["params"]) == 2
+
+
+def test_mid_sized_ones_are_screened_on_as_many_folds_as_are_cheap(iris, monkeypatch):
+    seen = []
+    own = Retrained.validation_losses
+    monkeypatch.setattr(Retrained, "validation_losses", lambda self, folds: seen.append(len(folds)) or own(self, folds))
+    net = clone(NET).set_params(module=MLP(hidden=(128, 128)), max_epochs=1)  # 18,000 weights
+    search(net, {"weight_decay": loguniform(1e-6, 1e1)}, start="screened", cv=7).fit(*iris)
+    assert seen == [4, 7]  # the screening, the candidates
+
+
+def test_folds_of_other_sizes_are_screened_and_retrained_as_single_fits_would_be(iris, used):
+    """Full batches of 66 and 67 rows."""
+    X, y = iris[0][:100], iris[1][:100]
+    net = clone(NET).set_params(batch_size=1024, lr=0.05, dtype="float64")
+    found = search(net, {"weight_decay": loguniform(1e-6, 1e1)}, start="screened", scoring="neg_log_loss").fit(X, y)
+    assert len(found.cv_results_["params"]) == 4
+    assert used == [True] * 12 + [False]
+    for row, params in enumerate(found.cv_results_["params"]):
+        for k, (train, valid) in enumerate(StratifiedKFold(3).split(X, y)):
+            alone = clone(net).set_params(**params).fit(X[train], y[train])
+            loss = log_loss(y[valid], alone.predict_proba(X[valid]), labels=[0, 1])
+            assert -found.cv_results_[f"split{k}_test_score"][row] == pytest.approx(loss, rel=1e-6)
+
+
+def test_from_a_start_where_the_model_is_dead_the_search_begins_again(iris):
+    """Where nothing is screened, with a penalty that leaves nothing of the outputs: no slope leads out of there."""
+    net = clone(NET).set_params(module=MLP(hidden=(32, 32)), weight_decay=3.0, max_epochs=40, lr=0.02)
+    assert net.fit(*iris).predict_proba(iris[0]).std(axis=0).max() < 1e-3
+    found = search(net, {"weight_decay": loguniform(1e-6, 1e1)}, scoring="neg_log_loss").fit(*iris)
+    assert found.best_params_["weight_decay"] < 0.1
+    assert found.best_score_ > -0.3
+
+
+class Keeping(HyperTrainingSearchCV):
+    def _set_up(self):
+        self.setup = super()._set_up()
+        return self.setup
+
+
+def test_where_lam_hat_went_the_wrong_way_the_other_side_of_its_start_is_looked_at(iris, monkeypatch):
+    """Losses that fall from the tuned setting over the start to twice as far: two settings more, then two more, until they rise."""
+    net = clone(NET).set_params(max_epochs=1)
+    setup = Keeping(net, {"weight_decay": loguniform(1e-6, 1e1)}, cv=3, random_state=0).fit(*iris).setup
+    best = torch.tensor([-4.0])
+    monkeypatch.setattr(Retrained, "validation_losses", lambda self, folds: (self.lam - best).square()[:, 0])
+    tuned, start, current = torch.tensor([-8.0]), torch.tensor([-7.0]), torch.tensor([-13.0])
+    candidates, retrained, (lam, losses) = retrain_candidates(*setup[:4], distinct(tuned, start, current))
+    assert torch.cat(candidates).tolist() == [-8.0, -7.5, -7.0, -6.5, -6.0, -5.0, -3.0, -13.0]
+    assert [len(r.lam) for r in retrained] == [4, 2, 2]
+    assert_allclose(losses, (lam - best).square()[:, 0])
+    best = torch.tensor([-6.8])
+    assert len(retrain_candidates(*setup[:4], distinct(tuned, start, current))[0]) == 6
+    best = torch.tensor([-7.6])
+    assert len(retrain_candidates(*setup[:4], distinct(tuned, start, current))[0]) == 4
 
 
 class Normed(nn.Sequential):
