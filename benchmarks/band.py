@@ -75,8 +75,11 @@ def _cell(name: str, seed: int, coverage: float) -> np.ndarray:
     losses, rows = retrained.validation_losses(folds).numpy(), []
     for one, moved, loss in zip(lam, names, losses, strict=True):
         ((low, high),) = response.validation_band(moved, [space.decode(one)[moved]], coverage=coverage)
-        here, half = (low + high) / 2, (high - low) / 2
-        rows.append([float((one - lam_hat).abs().max()), low <= loss <= high, half, abs(loss - here)])
+        if np.isfinite(
+            [low, high, loss]
+        ).all():  # the band ends four units from the last λ̂, which is not quite the tuned one
+            here, half = (low + high) / 2, (high - low) / 2
+            rows.append([float((one - lam_hat).abs().max()), low <= loss <= high, half, abs(loss - here)])
     found = np.array(rows, dtype=float)
     found[:, 2:] /= response.validation_loss()
-    return found[np.isfinite(losses)]
+    return found

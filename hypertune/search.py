@@ -41,6 +41,8 @@ from hypertune.space import Space
 from hypertune.training import hyper_train, stack
 from hypertune.tunable import check_names, with_rows
 
+_RESTARTS = 2
+
 
 class Setup(NamedTuple):
     """What a search trains: all folds in one objective, and the estimator's own λ (n,)."""
@@ -385,9 +387,10 @@ class HyperTrainingSearchCV(BaseSearchCV):
             grain_scale = choose_scale(lambda some, scale: tune(some, grain_scale=scale)[0], folds) if held else None
         with self._hyper_training_task(self._epochs()) as end_epoch:
             response, history = tune(folds, grain_scale=grain_scale, end_epoch=end_epoch)
-        if response.says_nothing():
-            start = space.quantile(np.full((1, space.n), 1 / 3))[0]
-            response, history = tune(folds, start=start, grain_scale=grain_scale)
+        for again in _restarts(space, current if start is None else start):
+            if not response.says_nothing():
+                break
+            response, history = tune(folds, start=again, grain_scale=grain_scale)
         self.history_ = history | {"grain_scale": grain_scale}
         self.best_response_ = response
         if self.evaluate == "hypernetwork":
@@ -516,6 +519,14 @@ class _DrawnOnce:
         if not hasattr(self, "splits"):
             self.splits = list(self.cv.split(*args, **kwargs))
         return iter(self.splits)
+
+
+def _restarts(space: Space, dead: Tensor) -> Iterator[Tensor]:
+    """Where to begin again if the model was dead from the start: half way to a third of the way up the distributions, and again."""
+    third = space.quantile(np.full((1, space.n), 1 / 3))[0]
+    for _ in range(_RESTARTS):
+        dead = (dead + third) / 2
+        yield dead
 
 
 def _out_of_corners(space: Space, current: Tensor) -> Tensor:
