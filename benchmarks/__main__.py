@@ -18,6 +18,7 @@ from benchmarks.relevance import measure_relevance
 from benchmarks.robustness import measure_robustness
 from benchmarks.scaling import measure_scaling
 from benchmarks.solvers import SOLVERS
+from benchmarks.stress import measure_stress
 
 NAMES = {
     "arena": "every solver on every problem at our wall clock; resumes where it was (hours; --problems, --solvers, --patience, --jobs)",
@@ -27,6 +28,7 @@ NAMES = {
     "per-feature": "one weight decay per feature against one for all, nested cross-validation on two tables (3 minutes a seed)",
     "bad-seeds": "our worst seed against random search's median seed, same data, three tables (10 seconds a seed; --jobs)",
     "band": "is the band of a validation curve calibrated? Settings along it, retrained (15 seconds a seed and problem; --jobs)",
+    "stress": "odd estimators, folds and data, against the untouched estimator and ten random settings (3 minutes a seed; --jobs)",
     "hypergradients": "every algorithm's hypergradient against the exact one, on four problems (minutes)",
     "peers": "a 20-hyperparameter problem, seconds to a validation loss: ours and other libraries that are installed (minutes)",
     "scaling": "seconds of a search step and memory against 1 to 1,000,000 hyperparameters (minutes)",
@@ -50,9 +52,12 @@ def main(argv: list[str] | None = None) -> None:
         "--patience", type=float, default=1.0, help="others go on to match us for so many times our seconds"
     )
     parser.add_argument(
-        "--jobs", type=int, default=1, help="cells of arena and band, or bad seeds, run at the same time (default 1)"
+        "--jobs",
+        type=int,
+        default=1,
+        help="cells of arena, band and stress, or bad seeds, run at the same time (default 1)",
     )
-    parser.add_argument("--first-seed", type=int, default=0, help="of the arena and band (default 0)")
+    parser.add_argument("--first-seed", type=int, default=0, help="of arena, band and stress (default 0)")
     parser.add_argument("--device", default="cpu", help="torch device, of cost (default cpu)")
     parser.add_argument("--budget", choices=["smoke", "full"], default="smoke", help="of the paper's figures")
     arguments = parser.parse_args(argv)
@@ -88,6 +93,8 @@ def main(argv: list[str] | None = None) -> None:
         measure_robustness(arguments.seeds, arguments.jobs)
     elif arguments.name == "band":
         measure_band(arguments.seeds, arguments.jobs, arguments.first_seed)
+    elif arguments.name == "stress":
+        measure_stress(arguments.seeds, arguments.jobs, arguments.first_seed)
     elif arguments.name == "hypergradients":
         measure_hypergradients(arguments.out, arguments.mnist)
     elif arguments.name == "peers":

@@ -210,7 +210,8 @@ class BestResponse:
             raise ValueError(
                 "Not one retrained candidate is finite and near enough to say how far this response is off."
             )
-        scale = missed.square().mean().sqrt() * float(student_t.ppf((1 + coverage) / 2, len(missed)))
+        freedom = max(len(missed) - 1, 1)  # one less than their number: they miss in much the same way
+        scale = missed.square().mean().sqrt() * float(student_t.ppf((1 + coverage) / 2, freedom))
         middle, half = self._validation_losses(lam).mean(dim=0), scale * self._standard_deviations(lam)
         return torch.stack([middle - half, middle + half], dim=1).double().numpy()
 

@@ -139,6 +139,16 @@ def test_bad_seeds_share_their_data_and_differ_in_their_networks(capsys):
     assert f"worst {losses[:, 0].max():.4f}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_from_a_setting_that_kills_the_model_ten_random_ones_find_no_more_than_we_do(capsys):
+    from benchmarks.stress import measure_stress
+
+    ours, own, random = measure_stress(1, cases=["a time series"])[0, 0]
+    assert ours < 0.75 * own
+    assert ours < 1.1 * random
+    assert f"{ours / random:.2f}" in capsys.readouterr().out
+
+
 def test_every_benchmark_explains_itself(capsys):
     main(["list"])
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(NAMES)

@@ -93,7 +93,7 @@ def test_a_band_is_as_wide_as_the_candidates_missed_the_curve(along_one):
     assert 2 <= near.sum() < len(near)  # the estimator's own is at the bound of the range
     middle = response.validation_curve("weight_decay", values).mean(axis=1)
     assert_allclose((low + high) / 2, middle, rtol=1e-5)
-    deviation = (high - low) / 2 / student_t.ppf(0.95, len(values))
+    deviation = (high - low) / 2 / student_t.ppf(0.95, len(values) - 1)
     missed = losses - middle
     assert (missed / deviation) @ (missed / deviation) == pytest.approx(len(values), rel=1e-3)
 
