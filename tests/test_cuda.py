@@ -112,6 +112,8 @@ def test_as_a_drop_in(iris):
     assert isinstance(tuned.predict_proba(X), np.ndarray)
     curve = tuned.best_response_.validation_curve("torchclassifier__weight_decay", np.geomspace(1e-4, 1.0, 5))
     assert np.isfinite(curve).all()
+    weight_decay = tuned.best_response_.params["torchclassifier__weight_decay"]
+    assert np.isfinite(tuned.best_response_.validation_band("torchclassifier__weight_decay", [weight_decay])).all()
 
 
 def test_a_regressor_of_several_targets(iris):
