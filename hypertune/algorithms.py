@@ -272,6 +272,13 @@ def _weights(hypernetwork: Hypernetwork, features: Tensor) -> Tensor:
     return w.requires_grad_()
 
 
+def _weights_at(lam_hat: Tensor, hypernetwork: Hypernetwork, features: Tensor) -> Tensor:
+    """The same at λ̂; w₀ itself, and no copy, where it is that."""
+    if hypernetwork.is_w0_at(lam_hat):
+        return hypernetwork.w0.data[:, None].requires_grad_()
+    return _weights(hypernetwork, features)
+
+
 def settle(problem: Problem, hypernetwork: Hypernetwork, lam_hat: Tensor, x: Any) -> None:
     """Show the problem the weights at λ̂ with a minibatch, if it wants to see them."""
     if problem.settle is not None:
@@ -299,7 +306,10 @@ def _gradient(
     problem: Problem, hypernetwork: Hypernetwork, features: Tensor, lam: Tensor, x: Any
 ) -> tuple[Tensor, Tensor]:
     """L_Train (), mean over folds and the m sampled λ, and ∂L_Train/∂w (K, m, D)."""
-    w = _weights(hypernetwork, features)
+    return _gradient_at(problem, _weights(hypernetwork, features), lam, x)
+
+
+def _gradient_at(problem: Problem, w: Tensor, lam: Tensor, x: Any) -> tuple[Tensor, Tensor]:
     loss = problem.train_loss(w, lam, x)
     (G,) = torch.autograd.grad(loss.sum(), w)
     return loss.detach().mean(), G
@@ -325,7 +335,7 @@ def descend_w(
     x = next(problem.train_batches)
     settle(problem, hypernetwork, lam_hat, x)
     lam = lam_hat.detach()[None]
-    loss, G = _gradient(problem, hypernetwork, hypernetwork.features(lam), lam, x)
+    loss, G = _gradient_at(problem, _weights_at(lam_hat, hypernetwork, hypernetwork.features(lam)), lam, x)
     phi_optimizer.step_at_center(G[:, 0])
     return loss
 
@@ -342,7 +352,7 @@ def descend_lam(
     lam_hat.grad = None  # of the last call: lets go of it
     lam = lam_hat.detach().requires_grad_()
     features = hypernetwork.features(lam[None])
-    w = _weights(hypernetwork, features)
+    w = _weights_at(lam_hat, hypernetwork, features)
     if unroll is None:
         loss = problem.valid_loss(w, next(problem.valid_batches))
         (G,) = torch.autograd.grad(loss.mean(), w)

@@ -226,6 +226,10 @@ class Hypernetwork(nn.Module):
         """Whether the features are the displacement itself."""
         return isinstance(self.basis, _Identity) and len(self.maps) > 0
 
+    def is_w0_at(self, lam_hat: Tensor) -> bool:
+        """Whether w_φ(λ̂) is w₀: for a linear family that is centred at this very tensor."""
+        return self.center is lam_hat and isinstance(self.basis, _Identity)
+
     def variance(self, lam: Tensor, sigma: Tensor) -> Tensor:
         """Variance of the weights at λ (m, n) relative to that of w₀, (K, m, 1 or D), where φ is linear and uncertain.
 

@@ -104,3 +104,11 @@ def test_where_no_lam_was_sampled_the_variance_is_infinite():
     hypernetwork = Linear().build(torch.zeros(1, 4), torch.zeros(2), Layout(torch.arange(4)))
     lam = torch.tensor([[1.0, 0.0], [0.0, 0.5], [4.1, 0.0]])  # the last is further than anybody measured
     assert hypernetwork.variance(lam, torch.tensor([0.5, 0.0])).flatten().tolist() == [4.0, torch.inf, torch.inf]
+
+
+def test_at_its_centre_a_linear_hypernetwork_is_w0_and_no_other_is():
+    center, units = torch.zeros(2), Layout(torch.arange(6) // 3)
+    for name, description in HYPERNETWORKS.items():
+        hypernetwork = description.build(torch.randn(1, 6), center, units)
+        assert hypernetwork.is_w0_at(center) == (name == "linear")
+        assert not hypernetwork.is_w0_at(center.clone())
