@@ -40,7 +40,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-_TRUSTED = 4.0  # times 2σ: how far from the centre the variance of the weights was found calibrated
+_TRUSTED = 4.0  # times 2σ: how far from the centre the variance of the weights was measured against retrained models
 
 # --- bases: displacement (m, n) -> features (K, m, r) --------------------------------------------------------------------
 
@@ -236,8 +236,8 @@ class Hypernetwork(nn.Module):
         Mean-field variational inference: the ELBO of a Gaussian q(φ) of independent numbers on N rows with λ ~ N(c, σ²I) and a loss
         of curvature h in every weight is greatest at the precisions N h of w₀ and N h σ_j² of V_j: a variance of 1 + d², with
         d² = Σ_j (λ − c)_j²/σ_j² over the coordinates j that move a weight. Best responses are not linear, though: with the second-order
-        term that the family leaves out as uncertain as the others it is (1 + d²)², for d in 2σ. That is what is calibrated
-        (docs/benchmarks.md, *band*), up to d = 4: infinite beyond it, and where σ_j = 0.
+        term that the family leaves out as uncertain as the others it is (1 + d²)², for d in 2σ. That was measured
+        (docs/benchmarks.md, *band*) up to d = 4: infinite beyond it, and where σ_j = 0.
         """
         delta = lam - self.center
         distance = torch.where(delta == 0, 0.0, delta / (2 * sigma))

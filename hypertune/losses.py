@@ -86,9 +86,16 @@ class CustomLoss:
         try:
             loss = self.criterion(outputs, y)
         except (ValueError, RuntimeError) as error:
+            if outputs.shape == y.shape or isinstance(error, torch.OutOfMemoryError):
+                raise
+            hint = (
+                ""
+                if y.is_floating_point()
+                else " A classifier has one output (logit) for each class; its targets number them."
+            )
             raise ValueError(
                 f"criterion {self.criterion!r} does not take outputs of shape {tuple(outputs.shape)} and targets of shape "
-                f"{tuple(y.shape)} ({error}). A classifier has one output (logit) for each class, and targets that number them."
+                f"{tuple(y.shape)}: {error}.{hint}"
             ) from error
         if getattr(self.criterion, "reduction", None) == "none" and loss.dim() > 1:
             loss = loss.flatten(1).mean(dim=1)

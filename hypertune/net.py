@@ -26,7 +26,7 @@ from hypertune.batches import Minibatches, Rows
 from hypertune.callbacks import CallbackSupportMixin, fit_task, with_callbacks
 from hypertune.factory import MLP, keywords_of, with_keywords
 from hypertune.losses import Loss, as_loss
-from hypertune.modules import Reach, refuse_modules
+from hypertune.modules import Reach, is_zero, refuse_modules
 from hypertune.objective import LOSS_HYPERPARAMETERS, Objective, arguments
 from hypertune.randomness import draw_seed, isolated
 
@@ -38,7 +38,7 @@ _LR_SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
     "constant": lambda progress: 1.0,
 }
-_MOST_DENSE = 2**28  # values of a sparse X: a gibibyte of float32
+_MOST_DENSE = 2**28  # values of a sparse X
 _OWNERS = ("module", "penalty", "augment")  # parameters whose own keywords are parameters
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _PREDICT_ROWS = 4096
@@ -345,7 +345,11 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
         noisy = np.ones(self._row_shape)
         for columns in (self._columns or {}).values():
             own = np.asarray(X[:, columns.cpu()], dtype=float)
-            noisy[columns.cpu()] = not (own == np.round(own)).all()
+            noisy[columns.cpu()] *= not (own == np.round(own)).all()
+        if not noisy.any() and not is_zero(self.input_noise):
+            raise ValueError(
+                "input_noise reaches nothing: all columns of inputs hold whole numbers, which are taken for codes. Scale those that are not."
+            )
         return None if noisy.all() else self._tensor(noisy)
 
     def _check_arrays(self) -> None:
@@ -448,10 +452,11 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
                 "callable's targets cannot be smoothed"
             )
         if name == "weight_decay":
+            self._validate_params()
             optimizer, _ = self._make_optimizer([nn.Parameter(torch.zeros(1))], 1)
             if own := [group["weight_decay"] for group in optimizer.param_groups if group.get("weight_decay")]:
                 return (
-                    f"the optimizer has a weight decay of its own, {own[0]:g}, beside the loss. Leave it to the search: "
+                    f"the optimizer has a weight decay of its own, {own[0]:g}, besides the one to tune. Leave it to the search: "
                     f"optimizer=functools.partial({type(optimizer).__name__}, weight_decay=0.0)"
                 )
         return None
@@ -468,11 +473,11 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
     def _outputs(self, X: Any) -> np.ndarray:
         """Raw outputs of the fitted module, (n_samples, n_outputs)."""
         check_is_fitted(self, "module_")
-        X = _dense(validate_data(self, X, dtype="numeric", accept_sparse="csr", allow_nd=True, reset=False))
+        X = validate_data(self, X, dtype="numeric", accept_sparse="csr", allow_nd=True, reset=False)
         with torch.no_grad():
             parts = []
-            for i in range(0, len(X), _PREDICT_ROWS):
-                args, kwargs = arguments(self._tensor(X[i : i + _PREDICT_ROWS]), self._columns)
+            for i in range(0, X.shape[0], _PREDICT_ROWS):
+                args, kwargs = arguments(self._tensor(_dense(X[i : i + _PREDICT_ROWS])), self._columns)
                 parts.append(self.module_(*args, **kwargs))
         return torch.cat(parts).cpu().double().numpy()
 

@@ -183,6 +183,11 @@ class Objective:
             if p.requires_grad:
                 p.data = p.new_zeros(()).expand(p.shape)
 
+    @property
+    def feels_noise(self) -> bool:
+        """Whether there is a column that input noise and mixup may touch."""
+        return bool(torch.as_tensor(self._noisy).any())
+
     def named(self, w: Tensor) -> dict[str, Tensor]:
         """Weights (..., D) → views by parameter name, each (..., *shape)."""
         lead = w.shape[:-1]
@@ -408,7 +413,7 @@ class Objective:
                 self._outputs(self.named(w), x.expand(2, *x.shape), tensors, training=training)
         except Exception as error:
             self.stacked = False
-            why = str(error).partition(" We don't support")[0].splitlines()[0]
+            why = (str(error).partition(" We don't support")[0].splitlines() or [type(error).__name__])[0]
             warnings.warn(
                 f"The folds are trained one after the other: {type(self._modules[True]).__name__} does not work under "
                 f"torch.func.vmap ({why}). What does not: recurrent layers, branches that depend on values, F.dropout with a tuned "

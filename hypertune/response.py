@@ -24,7 +24,7 @@ from hypertune.randomness import isolated
 from hypertune.space import Space, Value
 
 _LOOKED_AT = 100  # rows
-_NOTHING = 0.01  # standard deviation over rows of the outputs: logits, or standardised targets
+_NOTHING = 0.01  # standard deviation over rows of the outputs: logits, or in standard deviations of the targets
 
 
 @dataclass(frozen=True)
@@ -200,12 +200,15 @@ class BestResponse:
         if self.verified is None:
             raise ValueError(
                 "No retrained candidates are known to this response, so that nobody knows how far it is off. They are known where the "
-                "module can be stacked (no BatchNorm, no recurrent layers, no skorch net), with "
-                'evaluate="retrain", and where neither a callback nor a verbose estimator watches each fit.'
+                "search may retrain them in one stacked pass: a module that can be stacked (no BatchNorm, no recurrent layers, no skorch "
+                'net), an optimizer such as Adam or SGD, evaluate="retrain", and neither a callback nor a verbose estimator.'
             )
         settings, losses = self.verified
-        missed = (losses.double() - self._validation_losses(settings).mean(dim=0)) / self._standard_deviations(settings)
-        missed = missed[missed.isfinite() & (missed != 0)]  # a model that diverged; one beyond the reach of the band
+        deviations = self._standard_deviations(settings)
+        missed = (losses.double() - self._validation_losses(settings).mean(dim=0)) / deviations
+        missed = missed[
+            losses.isfinite() & deviations.isfinite()
+        ]  # not a model that diverged, or beyond the reach of the band
         if not len(missed):
             raise ValueError(
                 "Not one retrained candidate is finite and near enough to say how far this response is off."
@@ -227,14 +230,17 @@ class BestResponse:
         net._adopt(self._module(net, self._lam([setting]), keys.index(key)))
         return True
 
-    def says_nothing(self) -> bool:
+    def is_constant(self) -> bool:
         """Whether w_φ(λ̂) has the same outputs for all rows of every fold: no slope leads out of a regularisation so strong."""
-        w = self._weights(self._lam([{}]))
+        w, known = self._weights(self._lam([{}])), False
         for k, fold in enumerate(self.folds):
-            x = fold.with_fewer_valid(_LOOKED_AT).valid.x
-            if self.objective.predict(w[k], x[None], fold=k).std(dim=1).max() > _NOTHING:
-                return False
-        return True
+            x, y, *_ = fold.with_fewer_valid(_LOOKED_AT).valid
+            if len(x) > 1:
+                scale = float(y.std()) if y.is_floating_point() else 1.0
+                if self.objective.predict(w[k], x[None], fold=k)[0].std(dim=0).max() >= _NOTHING * scale:
+                    return False
+                known = True
+        return known
 
     def _module(self, net: Net, lam: Tensor, fold: int) -> nn.Module:
         with isolated(0, net.device):
@@ -258,9 +264,12 @@ class BestResponse:
     def _standard_deviations(self, lam: Tensor) -> Tensor:
         """Of the validation loss at λ (m, n), mean over folds, (m,), to first order, if w₀ has a standard deviation of one."""
         assert self.sigma is not None
-        found = []
-        for one in lam.to(self.hypernetwork.w0):
-            variance = self.hypernetwork.variance(one[None], self.sigma.to(one))[:, 0]
+        found, tuned, center = [], self.space.encode(self.params), self.hypernetwork.center
+        for own in lam:
+            one = own.to(self.hypernetwork.w0)
+            # What is not sampled counts from the tuned setting, which is an average over the path and not its end.
+            unmoved = ((self.sigma == 0) & (own == tuned)).to(one.device)
+            variance = self.hypernetwork.variance(torch.where(unmoved, center, one)[None], self.sigma.to(one))[:, 0]
             if not variance.isfinite().all():
                 found.append(variance.new_tensor(torch.inf))
                 continue
@@ -275,7 +284,8 @@ class BestResponse:
         return torch.stack(found).cpu().double()
 
     def _along(self, name: str, values: Sequence[Value]) -> Tensor:
-        if isinstance(values, Mapping) or not hasattr(values, "__len__") or not len(values):
+        given: Any = values
+        if isinstance(given, (Mapping, str)) or np.ndim(given) == 0 or not len(given):
             raise ValueError(f"values must be a sequence of at least one value of {name!r}, got {values!r}.")
         return self._lam([{name: value} for value in values])
 

@@ -115,7 +115,7 @@ def screen(space: Space, prefix: str, folds: list[Fold], objective: Objective, c
     if not affordable:
         return None
     folds, net = folds[:affordable], folds[0].net
-    per_epoch = Minibatches([fold.train for fold in folds], net.batch_size, seed=0).steps_per_epoch
+    per_epoch = min(Minibatches([fold.train], net.batch_size, seed=0).steps_per_epoch for fold in folds)
     steps = max(_SCREENED_SHARE * net.max_epochs * per_epoch, _SCREENED_STEPS)
     screened = retrain(
         space, prefix, folds, objective, settings, epochs=min(net.max_epochs, math.ceil(steps / per_epoch))
@@ -167,9 +167,13 @@ def retrain_candidates(
         tuned, _, start, current = candidates
         for steps in _FURTHER:
             further = start + torch.tensor(steps)[:, None] * (start - tuned)
-            more = retrain(
-                space, prefix, folds, objective, torch.minimum(torch.maximum(further, space.low), space.high)
-            )
+            new: list[Tensor] = []
+            for lam in torch.minimum(torch.maximum(further, space.low), space.high):
+                if all((lam - known).abs().max() > _NOTICEABLE for known in [*candidates, *new]):
+                    new.append(lam)
+            if not new:
+                break
+            more = retrain(space, prefix, folds, objective, torch.stack(new))
             assert more is not None  # the first could be
             retrained.append(more)
             candidates = [*candidates[:-1], *more.lam, current]

@@ -387,8 +387,9 @@ class HyperTrainingSearchCV(BaseSearchCV):
             grain_scale = choose_scale(lambda some, scale: tune(some, grain_scale=scale)[0], folds) if held else None
         with self._hyper_training_task(self._epochs()) as end_epoch:
             response, history = tune(folds, grain_scale=grain_scale, end_epoch=end_epoch)
+        stopped = history["epoch"][-1] < self._epochs()
         for again in _restarts(space, current if start is None else start):
-            if not response.says_nothing():
+            if self.start != "screened" or self.evaluate != "retrain" or stopped or not response.is_constant():
                 break
             response, history = tune(folds, start=again, grain_scale=grain_scale)
         self.history_ = history | {"grain_scale": grain_scale}
@@ -400,7 +401,8 @@ class HyperTrainingSearchCV(BaseSearchCV):
         candidates = distinct(tuned, start, current)
         if self._may_retrain_together():
             candidates, retrained, response.verified = retrain_candidates(space, prefix, folds, objective, candidates)
-            self._known += retrained
+            if retrained:
+                self._known += retrained
         return [space.decode(lam) for lam in candidates]
 
     def _set_up(self) -> Setup:
@@ -482,7 +484,11 @@ class HyperTrainingSearchCV(BaseSearchCV):
         for h in space.hyperparameters:
             name = h.name
             where = f"param_distributions[{name!r}]"
-            if name not in valid and isinstance(valid.get(f"{prefix}module"), nn.Module):
+            if (
+                name not in valid
+                and name.startswith(f"{prefix}module__")
+                and isinstance(valid.get(f"{prefix}module"), nn.Module)
+            ):
                 raise ValueError(
                     f"{where}: module is a {type(valid[f'{prefix}module']).__name__} that is built already, so no keyword of it can be set. Give its class or "
                     "another factory (n_features_in, n_outputs) -> nn.Module with that keyword."
@@ -522,10 +528,11 @@ class _DrawnOnce:
 
 
 def _restarts(space: Space, dead: Tensor) -> Iterator[Tensor]:
-    """Where to begin again if the model was dead from the start: half way to a third of the way up the distributions, and again."""
+    """Where to begin again if regularisation left a constant: half way to a third of the way up the logarithmic ranges, and again."""
     third = space.quantile(np.full((1, space.n), 1 / 3))[0]
-    for _ in range(_RESTARTS):
-        dead = (dead + third) / 2
+    log = space.mask(lambda h: h.coordinate == "log")
+    for _ in range(_RESTARTS if log.any() else 0):
+        dead = torch.where(log, (dead + third) / 2, dead)
         yield dead
 
 

@@ -187,6 +187,12 @@ def stack(space: Space, prefix: str, folds: list[Fold], n_rows: int, seed: int) 
         net._check_outputs(objective, x)
         settings = net.get_params()
         objective.try_stacking(x, {own: settings[own] for own in reaches})
+        names = {h.name for h in space.hyperparameters} & {f"{prefix}input_noise", f"{prefix}mixup"}
+        if names and not objective.feels_noise:
+            raise ValueError(
+                f"param_distributions[{min(names)!r}]: it reaches nothing, since all columns of inputs hold whole numbers, which are taken "
+                "for codes. Scale those that are not."
+            )
     objective.forget_weights()
     return space.resolve(arrangements(net, objective, space, prefix, x, n_rows)), objective
 

@@ -123,7 +123,7 @@ def find_reaches(net: Net, space: Space, prefix: str) -> dict[str, list[Reach]]:
 def _ends(h: Hyperparameter) -> str:
     """A hint for those who took scipy's second argument for the upper end."""
     dist = getattr(h.prior, "dist", None)
-    shifted = getattr(dist, "name", "") == "uniform" and h.support[0] > 0
+    shifted = getattr(dist, "name", "") == "uniform" and h.support[0] > 0 and h.support[1] > 1
     return f" (its range ends at {h.support[1]:g}: uniform(a, b) goes from a to a + b)" if shifted else ""
 
 

@@ -123,23 +123,45 @@ def test_sparse_X_is_made_dense_unless_that_is_too_large(iris, monkeypatch):
         NET.__sklearn_clone__().fit(sparse.csr_matrix(X[:75]), y[:75])
 
 
-class Coded(nn.Module):
+class Echo(nn.Module):
+    """Outputs the code and the first of the numbers."""
+
     def __init__(self, sizes: dict[str, int], outputs: int):
         super().__init__()
-        self.embedding, self.out = nn.Embedding(3, 4), nn.Linear(sizes["numbers"] + 4, outputs)
+        self.weight = nn.Linear(sizes["numbers"], outputs)
 
     def forward(self, numbers: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
-        return self.out(torch.cat([numbers, self.embedding(code[:, 0].long())], dim=-1))
+        return torch.cat([code[:, :1], numbers[:, :1]], dim=1) + 0 * self.weight(numbers)
 
 
 def test_neither_noise_nor_mixup_touches_codes(iris):
-    """A standard deviation of five would take the codes out of the table of embeddings."""
-    X = np.c_[iris[0][:, :2], np.arange(len(iris[0])) % 3]
-    net = TorchClassifier(Coded, inputs={"numbers": [0, 1], "code": [2]}, max_epochs=3, random_state=0)
-    net.set_params(input_noise=5.0, mixup=1.0).fit(X, iris[1])
-    space = {"input_noise": uniform(0, 9), "mixup": uniform(0, 1)}
-    found = HyperTrainingSearchCV(net, space, cv=2, random_state=0, error_score="raise").fit(X, iris[1])
-    assert np.ptp(found.history_["input_noise"]) > 0  # it is felt by the numbers
+    seen = []
+
+    def criterion(outputs: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        seen.append(outputs.detach().clone())
+        return outputs.sum(dim=1)
+
+    X = np.c_[iris[0][:100, :2], np.arange(100) % 3]
+    net = TorchClassifier(
+        Echo, inputs={"numbers": [0, 1], "code": [2]}, criterion=criterion, max_epochs=1, random_state=0
+    )
+    for noise in ({"input_noise": 5.0}, {"mixup": 1.0}):
+        seen.clear()
+        net.__sklearn_clone__().set_params(**noise).fit(X, iris[1][:100])
+        code, number = torch.cat(seen).T
+        assert (code == code.round()).all()
+        given = torch.from_numpy(X[:, 0]).float()
+        assert not torch.isin(number, given).all()  # which it does touch
+
+
+def test_noise_that_touches_nothing_is_refused(iris):
+    X = np.round(iris[0] * 10)
+    net = TorchClassifier(Echo, inputs={"numbers": [0, 1], "code": [2]}, max_epochs=1)
+    with pytest.raises(ValueError, match="all columns of inputs hold whole numbers"):
+        net.__sklearn_clone__().set_params(input_noise=0.1).fit(X[:, :3], iris[1])
+    search = HyperTrainingSearchCV(net, {"mixup": uniform(0, 1)}, cv=2)
+    with pytest.raises(ValueError, match=r"\['mixup'\]: it reaches nothing"):
+        search.fit(X[:100, :3], iris[1][:100])
 
 
 @pytest.mark.parametrize("frame", [pd.DataFrame, pl.DataFrame])

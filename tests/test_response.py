@@ -7,14 +7,14 @@ import pickle
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
-from scipy.stats import loguniform
+from scipy.stats import loguniform, uniform
 from scipy.stats import t as student_t
 from sklearn.base import clone
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 
 from benchmarks.band import measure_band
-from hypertune import MLP, BestResponse, HyperTrainingSearchCV
+from hypertune import MLP, BestResponse, HyperTrainingSearchCV, per_weight
 from tests.test_search import NET, SPACE, search
 
 
@@ -109,6 +109,15 @@ def test_a_band_widens_with_the_distance_and_the_coverage(along_one):
     assert ((lower < low) & (high < higher)).all()
     again = pickle.loads(pickle.dumps(along_one)).best_response_
     assert_array_equal(again.validation_band("weight_decay", values).T, [low, high])
+
+
+def test_a_band_beside_what_the_implicit_gradient_tunes(iris):
+    """It is finite along what was sampled, and ends at once along what was not."""
+    space = {"weight_decay": per_weight(loguniform(1e-6, 1e1)), "module__dropout": uniform(0, 0.5)}
+    net = clone(NET).set_params(module__hidden=(40, 40), max_epochs=3)
+    response = search(estimator=net, param_distributions=space).fit(*iris).best_response_
+    assert np.isfinite(response.validation_band("module__dropout", [response.params["module__dropout"], 0.3])).all()
+    assert np.isinf(response.validation_band("weight_decay", [1e-3])).all()
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,12 +11,12 @@ from numpy.testing import assert_allclose
 from scipy.stats import loguniform, uniform
 from sklearn.base import clone
 from sklearn.metrics import log_loss
-from sklearn.model_selection import KFold, StratifiedKFold
+from sklearn.model_selection import KFold, ShuffleSplit, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from hypertune import MLP, HyperTrainingSearchCV, TorchClassifier, per_unit
+from hypertune import MLP, HyperTrainingSearchCV, TorchClassifier, TorchRegressor, per_unit
 from hypertune.batches import Minibatches, Rows
 from hypertune.hypernetworks import Linear
 from hypertune.losses import cross_entropy
@@ -23,7 +25,7 @@ from hypertune.recipes import choose
 from hypertune.response import Fold, full_losses
 from hypertune.retraining import Retrained, distinct, retrain, retrain_candidates, screen
 from hypertune.space import Space
-from hypertune.training import stack
+from hypertune.training import hyper_train, stack
 
 SPACE = {"weight_decay": per_unit(loguniform(1e-6, 1e0)), "module__dropout": uniform(0, 0.5)}
 NET = TorchClassifier(MLP(hidden=(8,), dropout=0.1), max_epochs=8, batch_size=16, input_noise=0.1, random_state=3)
@@ -250,13 +252,29 @@ def test_folds_of_other_sizes_are_screened_and_retrained_as_single_fits_would_be
             assert -found.cv_results_[f"split{k}_test_score"][row] == pytest.approx(loss, rel=1e-6)
 
 
-def test_from_a_start_where_the_model_is_dead_the_search_begins_again(iris):
+def test_from_a_start_where_the_model_is_dead_the_search_begins_again(iris, monkeypatch):
     """Where nothing is screened, with a penalty that leaves nothing of the outputs: no slope leads out of there."""
     net = clone(NET).set_params(module=MLP(hidden=(32, 32)), weight_decay=3.0, max_epochs=40, lr=0.02)
+    monkeypatch.setattr("hypertune.retraining._SCREENED_WEIGHTS", 0)
     assert net.fit(*iris).predict_proba(iris[0]).std(axis=0).max() < 1e-3
-    found = search(net, {"weight_decay": loguniform(1e-6, 1e1)}, scoring="neg_log_loss").fit(*iris)
+    space = {"weight_decay": loguniform(1e-6, 1e1), "module__dropout": uniform(0, 0.5)}
+    found = search(net, space, scoring="neg_log_loss", start="screened").fit(*iris)
     assert found.best_params_["weight_decay"] < 0.1
     assert found.best_score_ > -0.3
+    for asked_for in ({"start": "estimator"}, {"evaluate": "hypernetwork"}):
+        assert search(net, space, **asked_for).fit(*iris).best_response_.params["weight_decay"] > 1.0
+
+
+def test_one_validation_row_or_small_targets_are_no_constant_prediction(iris, monkeypatch):
+    runs = []
+    own = hyper_train
+    monkeypatch.setattr("hypertune.search.hyper_train", lambda *args, **kwargs: runs.append(1) or own(*args, **kwargs))
+    X, y = iris[0], iris[0][:, 2] * 1e-3
+    space = {"weight_decay": loguniform(1e-6, 1e1)}
+    search(clone(NET).set_params(max_epochs=1), space, cv=ShuffleSplit(2, test_size=1), start="screened").fit(*iris)
+    net = TorchRegressor(MLP(hidden=()), lr=0.05, max_epochs=10, random_state=0)
+    search(net, space, start="screened").fit(X, y)
+    assert len(runs) == 2
 
 
 class Keeping(HyperTrainingSearchCV):
@@ -278,6 +296,12 @@ def test_where_lam_hat_went_the_wrong_way_the_other_side_of_its_start_is_looked_
     assert_allclose(losses, (lam - best).square()[:, 0])
     best = torch.tensor([-6.8])
     assert len(retrain_candidates(*setup[:4], distinct(tuned, start, current))[0]) == 6
+    best = torch.tensor([-4.0])
+    narrow = setup._replace(
+        space=replace(setup.space, hyperparameters=tuple(replace(h, high=-6.2) for h in setup.space.hyperparameters))
+    )
+    clipped, *_ = retrain_candidates(*narrow[:4], distinct(tuned, start, current))
+    assert torch.cat(clipped).tolist() == pytest.approx([-8.0, -7.5, -7.0, -6.5, -6.2, -13.0])
     best = torch.tensor([-7.6])
     assert len(retrain_candidates(*setup[:4], distinct(tuned, start, current))[0]) == 4
 
