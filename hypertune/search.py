@@ -61,7 +61,8 @@ class HyperTrainingSearchCV(BaseSearchCV):
     One training run of all folds learns the weights *as a function of the hyperparameters*, and the hyperparameters
     descend the validation loss through that function [1]_. For small models a handful of settings, trained in one stacked
     pass, says where to start. The tuned setting, that start, the middle between them and the estimator's own setting are then
-    retrained from scratch and scored on every fold, and the best one is refitted on all the data.
+    retrained from scratch and scored on every fold (and up to four more, if the start turns out best), and the best one is refitted on
+    all the data.
 
     Parameters
     ----------
@@ -87,7 +88,8 @@ class HyperTrainingSearchCV(BaseSearchCV):
         sizes, such as ``LowRank(rank=20)``.
     start : {"screened", "estimator"}, default="screened"
         Where the hyperparameters start: at the best of a handful of settings that are trained together in one stacked pass
-        first, or at the estimator's own setting. Screened are small models only, for which that is nearly free, that can be stacked;
+        first, or at the estimator's own setting. If regularisation leaves nothing but a constant prediction there, "screened" begins
+        again, nearer to the middle of the distributions. Screened are small models only, for which that is nearly free, that can be stacked;
         and not with ``evaluate="hypernetwork"``, ``algorithm="global"``, skorch nets or weights of rows.
     evaluate : {"retrain", "hypernetwork"}, default="retrain"
         How the candidates are scored: by retraining each from scratch on every fold, or (the paper's return value, for
