@@ -105,6 +105,7 @@ def test_a_diverging_candidate_is_left_to_its_own_fit(iris):
         bad.fit(X, y)
 
 
+@pytest.mark.slow
 def test_a_handful_of_settings_is_screened_and_the_best_is_start_and_candidate(breast_cancer, used):
     X, y = breast_cancer
     net = clone(NET).set_params(max_epochs=40, lr=1e-2, input_noise=0.0)
@@ -252,6 +253,7 @@ def test_folds_of_other_sizes_are_screened_and_retrained_as_single_fits_would_be
             assert -found.cv_results_[f"split{k}_test_score"][row] == pytest.approx(loss, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_from_a_start_where_the_model_is_dead_the_search_begins_again(iris, monkeypatch):
     """Where nothing is screened, with a penalty that leaves nothing of the outputs: no slope leads out of there."""
     net = clone(NET).set_params(module=MLP(hidden=(32, 32)), weight_decay=3.0, max_epochs=40, lr=0.02)
