@@ -27,7 +27,7 @@ from hypertune.callbacks import CallbackSupportMixin, fit_task, with_callbacks
 from hypertune.factory import MLP, keywords_of, with_keywords
 from hypertune.losses import Loss, as_loss
 from hypertune.modules import Reach, is_zero, refuse_modules
-from hypertune.objective import LOSS_HYPERPARAMETERS, Objective, arguments
+from hypertune.objective import LOSS_HYPERPARAMETERS, NO_NOISE, Objective, arguments
 from hypertune.randomness import draw_seed, isolated
 
 _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -344,12 +344,12 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
         """Which columns noise and mixup may touch, as ones and zeros: not those of an input that holds whole numbers only (codes)."""
         noisy = np.ones(self._row_shape)
         for columns in (self._columns or {}).values():
-            own = np.asarray(X[:, columns.cpu()], dtype=float)
-            noisy[columns.cpu()] *= not (own == np.round(own)).all()
-        if not noisy.any() and not is_zero(self.input_noise):
-            raise ValueError(
-                "input_noise reaches nothing: all columns of inputs hold whole numbers, which are taken for codes. Scale those that are not."
-            )
+            numbers = columns.cpu().numpy()
+            own = X[:, numbers].astype(float)
+            noisy[numbers] *= not (own == np.round(own)).all()
+        for name in ("input_noise", "mixup"):
+            if not noisy.any() and not is_zero(getattr(self, name)):
+                raise ValueError(f"{name} {NO_NOISE}")
         return None if noisy.all() else self._tensor(noisy)
 
     def _check_arrays(self) -> None:

@@ -206,9 +206,7 @@ class BestResponse:
         settings, losses = self.verified
         deviations = self._standard_deviations(settings)
         missed = (losses.double() - self._validation_losses(settings).mean(dim=0)) / deviations
-        missed = missed[
-            losses.isfinite() & deviations.isfinite()
-        ]  # not a model that diverged, or beyond the reach of the band
+        missed = missed[losses.isfinite() & deviations.isfinite()]  # others diverged, or are beyond the band's reach
         if not len(missed):
             raise ValueError(
                 "Not one retrained candidate is finite and near enough to say how far this response is off."
@@ -273,14 +271,12 @@ class BestResponse:
             if not variance.isfinite().all():
                 found.append(variance.new_tensor(torch.inf))
                 continue
-            slopes = []
-            for k, fold in enumerate(self.folds):
-                w = self._weights(one[None])[k].requires_grad_()
-                pieces = _pieces(self.objective, w, fold.valid, k)
-                slopes.append(
-                    torch.stack([torch.autograd.grad(share * loss.sum(), w)[0] for share, loss in pieces]).sum(dim=0)
-                )
-            found.append((variance * torch.cat(slopes).square()).sum(dim=1).sqrt().mean())
+            slopes = torch.zeros_like(self.hypernetwork.w0)
+            for k, (w, fold) in enumerate(zip(self._weights(one[None]), self.folds, strict=True)):
+                w.requires_grad_()
+                for share, loss in _pieces(self.objective, w, fold.valid, k):
+                    slopes[k] += share * torch.autograd.grad(loss.sum(), w)[0][0]
+            found.append((variance * slopes.square()).sum(dim=1).sqrt().mean())
         return torch.stack(found).cpu().double()
 
     def _along(self, name: str, values: Sequence[Value]) -> Tensor:

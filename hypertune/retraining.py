@@ -10,13 +10,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from sklearn.base import clone
 from torch import Tensor, nn
 
 from hypertune.batches import Minibatches, Rows
-from hypertune.hyperprior import vertex
 from hypertune.net import TorchEstimator, fingerprint
 from hypertune.objective import Objective, flat_weights
 from hypertune.randomness import draw_seed, isolated, seed_torch
@@ -25,11 +23,6 @@ from hypertune.space import Space
 from hypertune.training import make_values
 
 _MOST_WEIGHTS = 2**27  # of all models together
-_SCREENED_WEIGHTS = 600_000  # beyond it the models of a screening cost what each would alone
-_LINE = (0.4, 0.5, 0.6, 0.7)  # quantiles
-_SCREENED_STEPS = 150  # a screening is at least so long, or as long as a fit
-_SCREENED_SHARE = 1 / 3
-_NEARLY = 1.05  # times the least loss: as good, in a screening
 _NOTICEABLE = 0.01  # units of λ
 _FURTHER = ((0.5, 1.0), (2.0, 4.0))  # times as far from λ̂'s start as the tuned setting is, on the other side
 # Optimizers that move each number by itself, so that many models are trained by one of them as each would be by its own.
@@ -94,43 +87,6 @@ class Retrained:
         net._adopt(self.objective.load_into(module, self.weights[k, c], k))
         net.loss_curve_ = curve.tolist()
         return True
-
-
-def screen(space: Space, prefix: str, folds: list[Fold], objective: Objective, current: Tensor) -> Tensor | None:
-    """Where λ̂ should start (n,): the best of a handful of settings from weak to strong regularisation; None where stacking does not pay.
-
-    They are ``current`` (n,), a line of quantiles of all logarithmic hyperparameters together with the others as they are, and
-    two of that line with the others a quarter of the way up. They are trained for a third of a fit (at least 150 steps, at most a
-    whole fit) on as many of the folds as is cheap, with a schedule of that length: which is best is seen by then, which of the others is good may not be. But what
-    overfits late looks good so early: where ``current`` is best, the strongest of the line that is nearly as good is taken. If
-    the best is inside the line, λ̂ starts at the vertex of the parabola through it and its neighbours.
-    """
-    log = torch.cat([torch.full((h.size,), h.coordinate == "log") for h in space.hyperparameters])
-    line = space.quantile(np.array(_LINE)[:, None].repeat(space.n, axis=1)) if log.any() else current.repeat(0, 1)
-    quarter = space.quantile(np.full((1, space.n), 0.25))
-    as_they_are = torch.where(log, line, current)
-    up = torch.where(log, line[1:3], quarter) if log.any() else quarter
-    settings = torch.cat([as_they_are, current[None], up])
-    affordable = _SCREENED_WEIGHTS // (len(settings) * objective.D)
-    if not affordable:
-        return None
-    folds, net = folds[:affordable], folds[0].net
-    per_epoch = min(Minibatches([fold.train], net.batch_size, seed=0).steps_per_epoch for fold in folds)
-    steps = max(_SCREENED_SHARE * net.max_epochs * per_epoch, _SCREENED_STEPS)
-    screened = retrain(
-        space, prefix, folds, objective, settings, epochs=min(net.max_epochs, math.ceil(steps / per_epoch))
-    )
-    if screened is None:
-        return None
-    losses = screened.validation_losses(folds)
-    best = int(losses.argmin())
-    if best == len(line) and (near := (losses[:best] <= _NEARLY * losses[best]).nonzero()).numel():
-        return settings[near[-1, 0]]
-    around = losses[max(best - 1, 0) : best + 2]
-    if not 0 < best < len(line) - 1 or not (around.isfinite() & (around > 0)).all():
-        return settings[best]
-    at = vertex(np.arange(len(line)), losses[: len(line)].log().numpy())
-    return torch.lerp(settings[int(at)], settings[math.ceil(at)], at % 1)
 
 
 def distinct(tuned: Tensor, start: Tensor | None, current: Tensor) -> list[Tensor]:

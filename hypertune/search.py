@@ -9,22 +9,20 @@ scores them. ``cv_results_``, ranks, ``error_score``, multimetric scoring and ``
 from __future__ import annotations
 
 import copy
-import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from numbers import Integral, Real
 from typing import Any, ClassVar, NamedTuple, Self, get_args
 
 import numpy as np
-import torch
 from sklearn.base import clone, is_classifier
 from sklearn.model_selection import check_cv
 from sklearn.model_selection._search import BaseSearchCV
 from sklearn.utils import get_tags
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.validation import _num_samples, indexable
-from torch import Tensor, nn
+from torch import Tensor
 
 from hypertune.callbacks import epochs
 from hypertune.folds import last_step, make_folds, net_of, prefix_of
@@ -36,12 +34,11 @@ from hypertune.objective import Objective
 from hypertune.randomness import draw_seed
 from hypertune.recipes import NAMES
 from hypertune.response import BestResponse, Fold
-from hypertune.retraining import distinct, retrain_candidates, screen
+from hypertune.retraining import distinct, retrain_candidates
 from hypertune.space import Space
+from hypertune.starts import out_of_corners, restarts, screen
 from hypertune.training import hyper_train, stack
-from hypertune.tunable import check_names, with_rows
-
-_RESTARTS = 2
+from hypertune.tunable import check_names, check_settings, with_rows
 
 
 class Setup(NamedTuple):
@@ -390,7 +387,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
         with self._hyper_training_task(self._epochs()) as end_epoch:
             response, history = tune(folds, grain_scale=grain_scale, end_epoch=end_epoch)
         stopped = history["epoch"][-1] < self._epochs()
-        for again in _restarts(space, current if start is None else start):
+        for again in restarts(space, current if start is None else start):
             if self.start != "screened" or self.evaluate != "retrain" or stopped or not response.is_constant():
                 break
             response, history = tune(folds, start=again, grain_scale=grain_scale)
@@ -412,7 +409,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
         space = Space.from_distributions(self.param_distributions)
         net, prefix = net_of(self.estimator), prefix_of(self.estimator)
         space = with_rows(net, space, prefix)
-        self._check_space(space)
+        check_settings(type(self.estimator).__name__, self._settings(), space, prefix)
         check_names(net, space, prefix)
         seed, folds = draw_seed(self.random_state), self._folds()
         space, objective = stack(space, prefix, folds, _num_samples(self._inputs[0]), seed)
@@ -430,7 +427,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
             setup.space,
             setup.prefix,
             objective=setup.objective,
-            start=_out_of_corners(setup.space, start),
+            start=out_of_corners(setup.space, start),
             algorithm=self.algorithm,
             hypernetwork=HYPERNETWORKS[self.hypernetwork] if isinstance(self.hypernetwork, str) else self.hypernetwork,
             response_optimizer=self.response_optimizer,
@@ -477,42 +474,6 @@ class HyperTrainingSearchCV(BaseSearchCV):
         splits = self.cv.split(X, y, **self._routed.splitter.split)
         return make_folds(self.estimator, X, y, splits, self._routed.estimator.fit, weighs_rows=self._weighs_rows())
 
-    # --- refusals, before anything is computed ----------------------------------------------------------------------------
-
-    def _check_space(self, space: Space) -> None:
-        """Every name must be a parameter of the torch estimator itself."""
-        valid = self._settings()
-        prefix = prefix_of(self.estimator)
-        for h in space.hyperparameters:
-            name = h.name
-            where = f"param_distributions[{name!r}]"
-            if (
-                name not in valid
-                and name.startswith(f"{prefix}module__")
-                and isinstance(valid.get(f"{prefix}module"), nn.Module)
-            ):
-                raise ValueError(
-                    f"{where}: module is a {type(valid[f'{prefix}module']).__name__} that is built already, so no keyword of it can be set. Give its class or "
-                    "another factory (n_features_in, n_outputs) -> nn.Module with that keyword."
-                )
-            if name not in valid:
-                near = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
-                near += [known for known in valid if known.endswith(f"__{name}") and known not in near]
-                hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"choose one of {sorted(valid)}."
-                raise ValueError(f"{where}: {type(self.estimator).__name__} has no such parameter; {hint}")
-            if not name.startswith(prefix):
-                raise ValueError(
-                    f"{where}: it belongs to a preprocessing step, which is fitted and not trained: no gradient reaches it. "
-                    "Set it on the pipeline, or give it to an outer search (GridSearchCV, or OptunaSearchCV of optuna-integration)."
-                )
-            if h.grain is not None and isinstance(valid[name], (Mapping, Sequence, np.ndarray)):
-                continue
-            if not isinstance(valid[name], Real) or isinstance(valid[name], bool):
-                raise ValueError(
-                    f"{where}: its current value {valid[name]!r} is not a number, so there is no gradient to follow. Set it on "
-                    "the estimator, or give it to an outer search (GridSearchCV, or OptunaSearchCV of optuna-integration)."
-                )
-
 
 class _DrawnOnce:
     """A splitter whose splits are drawn once: the hyper-training and the verification see the same, whatever its ``random_state``."""
@@ -527,27 +488,3 @@ class _DrawnOnce:
         if not hasattr(self, "splits"):
             self.splits = list(self.cv.split(*args, **kwargs))
         return iter(self.splits)
-
-
-def _restarts(space: Space, dead: Tensor) -> Iterator[Tensor]:
-    """Where to begin again if regularisation left a constant: half way to a third of the way up the logarithmic ranges, and again."""
-    third = space.quantile(np.full((1, space.n), 1 / 3))[0]
-    log = space.mask(lambda h: h.coordinate == "log")
-    for _ in range(_RESTARTS if log.any() else 0):
-        dead = torch.where(log, (dead + third) / 2, dead)
-        yield dead
-
-
-def _out_of_corners(space: Space, current: Tensor) -> Tensor:
-    """Where λ̂ starts: at the given setting, except where that is the bound of a logarithmic range.
-
-    Far down on a logarithmic axis the loss is flat, and a gradient does not lead out of there: such a hyperparameter starts
-    at a third of the way up its distribution.
-    """
-    start = current.clone()
-    third = space.quantile(np.full((1, space.n), 1 / 3))[0]
-    for h, block in zip(space.hyperparameters, space.blocks.values(), strict=True):
-        if h.coordinate == "log":
-            at_bound = (current[block] == h.low) | (current[block] == h.high)
-            start[block] = torch.where(at_bound, third[block], current[block])
-    return start

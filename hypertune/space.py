@@ -40,6 +40,7 @@ from torch import Tensor
 
 _UNITS_PER_RANGE = 4.0
 _LOG_UNIFORM = ("loguniform", "reciprocal")
+OUTER = "an outer search (GridSearchCV, or OptunaSearchCV of optuna-integration)"  # for what no gradient can tune
 
 
 Grain = Literal["layer", "unit", "weight", "feature", "row"]
@@ -247,7 +248,7 @@ def _broadcast(value: Any, shape: tuple[int, ...], name: str) -> np.ndarray:
 def _as_prior(name: str, distribution: Any) -> tuple[Any, bool]:
     """The entry as a frozen scipy distribution, and whether its natural coordinate is a logarithm."""
     where = f"param_distributions[{name!r}]"
-    outer = "gradients cannot tune it: set it on the estimator, or give it to an outer search (GridSearchCV, or OptunaSearchCV of optuna-integration)."
+    outer = f"gradients cannot tune it: set it on the estimator, or give it to {OUTER}."
     if isinstance(distribution, FloatDistribution):
         if distribution.step is not None:
             raise ValueError(f"{where}: {distribution!r} moves in steps; {outer} Or leave `step` out.")

@@ -28,7 +28,7 @@ from hypertune.hypergradients import Description
 from hypertune.hypernetworks import Builder, Layout
 from hypertune.losses import nats_per_unit
 from hypertune.net import Net
-from hypertune.objective import Objective, flat_weights
+from hypertune.objective import NO_NOISE, Objective, flat_weights
 from hypertune.randomness import isolated
 from hypertune.recipes import choose, phi_optimizer, stream
 from hypertune.response import BestResponse, Fold
@@ -189,10 +189,7 @@ def stack(space: Space, prefix: str, folds: list[Fold], n_rows: int, seed: int) 
         objective.try_stacking(x, {own: settings[own] for own in reaches})
         names = {h.name for h in space.hyperparameters} & {f"{prefix}input_noise", f"{prefix}mixup"}
         if names and not objective.feels_noise:
-            raise ValueError(
-                f"param_distributions[{min(names)!r}]: it reaches nothing, since all columns of inputs hold whole numbers, which are taken "
-                "for codes. Scale those that are not."
-            )
+            raise ValueError(f"param_distributions[{min(names)!r}]: it {NO_NOISE}")
     objective.forget_weights()
     return space.resolve(arrangements(net, objective, space, prefix, x, n_rows)), objective
 

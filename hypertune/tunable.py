@@ -6,16 +6,21 @@ Everything else is refused here, by name, before anything is trained.
 from __future__ import annotations
 
 import copy
+import difflib
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from numbers import Real
+from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from hypertune.modules import Reach, find_reach
 from hypertune.net import Net
 from hypertune.objective import LOSS_HYPERPARAMETERS, Objective
 from hypertune.randomness import isolated
-from hypertune.space import Grain, Hyperparameter, Shape, Space
+from hypertune.space import OUTER, Grain, Hyperparameter, Shape, Space
 
 _GRAINS: dict[str, tuple[Grain | None, ...]] = {
     "weight_decay": (None, "layer", "unit", "weight", "feature"),
@@ -32,6 +37,51 @@ def with_rows(net: Net, space: Space, prefix: str) -> Space:
         return h.grain is None and net.loss_names.get(h.name.removeprefix(prefix)) == "sample_weight"
 
     return Space(tuple(replace(h, grain="row") if of_rows(h) else h for h in space.hyperparameters))
+
+
+def check_settings(owner: str, settings: Mapping[str, Any], space: Space, prefix: str) -> None:
+    """Refuse hyperparameters that are no numbers of the torch estimator itself, by name, before anything is computed.
+
+    Parameters
+    ----------
+    owner : str
+        The type of the whole estimator, for messages.
+    settings : mapping from str to object
+        All its parameters with their current values.
+    space : Space
+    prefix : str
+        What precedes those of the torch estimator.
+
+    Raises
+    ------
+    ValueError
+        Naming the hyperparameter, what is possible and what to do instead.
+    """
+    module = settings.get(f"{prefix}module")
+    for h in space.hyperparameters:
+        name, where = h.name, f"param_distributions[{h.name!r}]"
+        if name not in settings and name.startswith(f"{prefix}module__") and isinstance(module, nn.Module):
+            raise ValueError(
+                f"{where}: module is a {type(module).__name__} that is built already, so no keyword of it can be set. Give its class "
+                "or another factory (n_features_in, n_outputs) -> nn.Module with that keyword."
+            )
+        if name not in settings:
+            near = difflib.get_close_matches(name, settings, n=3, cutoff=0.5)
+            near += [known for known in settings if known.endswith(f"__{name}") and known not in near]
+            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"choose one of {sorted(settings)}."
+            raise ValueError(f"{where}: {owner} has no such parameter; {hint}")
+        if not name.startswith(prefix):
+            raise ValueError(
+                f"{where}: it belongs to a preprocessing step, which is fitted and not trained: no gradient reaches it. "
+                f"Set it on the pipeline, or give it to {OUTER}."
+            )
+        if h.grain is not None and isinstance(settings[name], (Mapping, Sequence, np.ndarray)):
+            continue
+        if not isinstance(settings[name], Real) or isinstance(settings[name], bool):
+            raise ValueError(
+                f"{where}: its current value {settings[name]!r} is not a number, so there is no gradient to follow. Set it on "
+                f"the estimator, or give it to {OUTER}."
+            )
 
 
 def check_names(net: Net, space: Space, prefix: str) -> None:
@@ -54,8 +104,8 @@ def check_names(net: Net, space: Space, prefix: str) -> None:
         if own not in net.loss_names:
             raise ValueError(
                 f"{where}: {own!r} does not change the loss that training minimises, so there is no gradient to follow "
-                "(Lorraine & Duvenaud 2018, section 2.2). Set it on the estimator, or give it to an outer search "
-                f"(GridSearchCV, or OptunaSearchCV of optuna-integration). By gradient: {sorted(net.loss_names)}, the keywords of "
+                "(Lorraine & Duvenaud 2018, section 2.2). Set it on the estimator, or give it to "
+                f"{OUTER}. By gradient: {sorted(net.loss_names)}, the keywords of "
                 "penalty and augment, and the dropout rates among module__…."
             )
         if reason := net._why_not(own):
@@ -90,10 +140,7 @@ def find_reaches(net: Net, space: Space, prefix: str) -> dict[str, list[Reach]]:
         try:
             reaches[own] = find_reach(build, low, high)
         except ValueError as error:
-            raise ValueError(
-                f"{where}: {error}{_ends(h)}. Set it on the estimator, or give it to an outer search "
-                "(GridSearchCV, or OptunaSearchCV of optuna-integration)."
-            ) from error
+            raise ValueError(f"{where}: {error}{_ends(h)}. Set it on the estimator, or give it to {OUTER}.") from error
         module = build(low)
         for path, name, a, b in reaches[own]:
             rates = sorted(a + b * bound for bound in h.support)

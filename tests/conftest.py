@@ -6,6 +6,8 @@ import torch
 from sklearn.datasets import load_breast_cancer, load_digits, load_iris
 from sklearn.preprocessing import StandardScaler
 
+from hypertune.retraining import Retrained
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
@@ -28,3 +30,17 @@ def breast_cancer() -> tuple[np.ndarray, np.ndarray]:
 def digits() -> tuple[np.ndarray, np.ndarray]:
     X, y = load_digits(return_X_y=True)
     return StandardScaler().fit_transform(X), y
+
+
+@pytest.fixture
+def used(monkeypatch) -> list[bool]:
+    """What the retrained candidates answered to the fits that asked for their weights."""
+    answers: list[bool] = []
+    own = Retrained.fit_known
+
+    def recorded(self, net, rows):
+        answers.append(own(self, net, rows))
+        return answers[-1]
+
+    monkeypatch.setattr(Retrained, "fit_known", recorded)
+    return answers

@@ -46,7 +46,8 @@ ROOMS = {  # room -> the rooms it may import from
             "tunable",
         ),
     },
-    "retraining": {"batches", "net", "hyperprior", "objective", "randomness", "response", "space", "training"},
+    "retraining": {"batches", "net", "objective", "randomness", "response", "space", "training"},
+    "starts": {"batches", "hyperprior", "objective", "response", "retraining", "space"},
     "folds": {"net", "response", "skorch"},
     "search": {
         "callbacks",
@@ -61,6 +62,7 @@ ROOMS = {  # room -> the rooms it may import from
         "recipes",
         "response",
         "space",
+        "starts",
         "training",
         "tunable",
     },

@@ -157,8 +157,9 @@ def test_neither_noise_nor_mixup_touches_codes(iris):
 def test_noise_that_touches_nothing_is_refused(iris):
     X = np.round(iris[0] * 10)
     net = TorchClassifier(Echo, inputs={"numbers": [0, 1], "code": [2]}, max_epochs=1)
-    with pytest.raises(ValueError, match="all columns of inputs hold whole numbers"):
-        net.__sklearn_clone__().set_params(input_noise=0.1).fit(X[:, :3], iris[1])
+    for name in ("input_noise", "mixup"):
+        with pytest.raises(ValueError, match=f"{name} reaches nothing: all columns of inputs hold whole numbers"):
+            net.__sklearn_clone__().set_params(**{name: 0.1}).fit(X[:, :3], iris[1])
     search = HyperTrainingSearchCV(net, {"mixup": uniform(0, 1)}, cv=2)
     with pytest.raises(ValueError, match=r"\['mixup'\]: it reaches nothing"):
         search.fit(X[:100, :3], iris[1][:100])

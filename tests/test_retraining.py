@@ -11,21 +11,21 @@ from numpy.testing import assert_allclose
 from scipy.stats import loguniform, uniform
 from sklearn.base import clone
 from sklearn.metrics import log_loss
-from sklearn.model_selection import KFold, ShuffleSplit, StratifiedKFold
+from sklearn.model_selection import KFold, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from hypertune import MLP, HyperTrainingSearchCV, TorchClassifier, TorchRegressor, per_unit
+from hypertune import MLP, HyperTrainingSearchCV, TorchClassifier, per_unit
 from hypertune.batches import Minibatches, Rows
 from hypertune.hypernetworks import Linear
 from hypertune.losses import cross_entropy
 from hypertune.objective import Objective
 from hypertune.recipes import choose
 from hypertune.response import Fold, full_losses
-from hypertune.retraining import Retrained, distinct, retrain, retrain_candidates, screen
+from hypertune.retraining import Retrained, distinct, retrain, retrain_candidates
 from hypertune.space import Space
-from hypertune.training import hyper_train, stack
+from hypertune.training import stack
 
 SPACE = {"weight_decay": per_unit(loguniform(1e-6, 1e0)), "module__dropout": uniform(0, 0.5)}
 NET = TorchClassifier(MLP(hidden=(8,), dropout=0.1), max_epochs=8, batch_size=16, input_noise=0.1, random_state=3)
@@ -35,19 +35,6 @@ def search(net=NET, space=SPACE, **params) -> HyperTrainingSearchCV:
     return HyperTrainingSearchCV(
         net, space, **{"cv": 3, "random_state": 0, "error_score": "raise", "start": "estimator", **params}
     )
-
-
-@pytest.fixture
-def used(monkeypatch) -> list[bool]:
-    answers: list[bool] = []
-    own = Retrained.fit_known
-
-    def recorded(self, net, rows):
-        answers.append(own(self, net, rows))
-        return answers[-1]
-
-    monkeypatch.setattr(Retrained, "fit_known", recorded)
-    return answers
 
 
 def test_scores_and_losses_are_those_of_single_fits(iris, used):
@@ -105,53 +92,6 @@ def test_a_diverging_candidate_is_left_to_its_own_fit(iris):
         bad.fit(X, y)
 
 
-@pytest.mark.slow
-def test_a_handful_of_settings_is_screened_and_the_best_is_start_and_candidate(breast_cancer, used):
-    X, y = breast_cancer
-    net = clone(NET).set_params(max_epochs=40, lr=1e-2, input_noise=0.0)
-    space = {"weight_decay": loguniform(1e-6, 1e1), "module__dropout": uniform(0, 0.8)}
-    found = search(net, space, start="screened", scoring="neg_log_loss", hyper_lr=5e-4).fit(X, y)
-    tuned, middle, best, current = found.cv_results_["params"]
-    assert current == {"weight_decay": pytest.approx(1e-6), "module__dropout": 0.1}
-    low, high = loguniform(1e-6, 1e1).ppf([0.4, 0.7])
-    assert low <= best["weight_decay"] <= high
-    assert best["module__dropout"] == pytest.approx(0.1) or best["module__dropout"] == pytest.approx(0.2)
-    for name in space:  # λ̂ starts at the best of them, and hardly moves at this step size
-        assert tuned[name] == pytest.approx(best[name], rel=5e-2)
-        assert middle[name] == pytest.approx(best[name], rel=5e-2)
-    scores = found.cv_results_["mean_test_score"]
-    assert scores[2] > scores[3]
-    assert used.count(True) == 12
-
-
-def test_the_start_is_between_the_screened_settings_where_a_parabola_through_their_losses_is_lowest(iris, monkeypatch):
-    """Losses that are a parabola in the position on the line: its minimum, exactly."""
-    X, y = iris
-    net, space = clone(NET), Space.from_distributions({"weight_decay": loguniform(1e-6, 1e1)})
-    rows = net._encode(X, y)
-    folds = [Fold(net, None, rows, rows)]
-    space, objective = stack(space, "", folds, len(X), 0)
-    current = space.encode({"weight_decay": 1e-6})
-
-    def losses(self, folds):
-        return (0.3 * (self.lam[:, 0] - np.log(5e-3)) ** 2).exp()
-
-    monkeypatch.setattr(Retrained, "validation_losses", losses)
-    start = screen(space, "", folds, objective, current)
-    assert space.decode(start)["weight_decay"] == pytest.approx(5e-3, rel=1e-4)
-
-    def diverged(self, folds):
-        found = losses(self, folds)
-        return torch.where(found == found.topk(2, largest=False).values[1], torch.inf, found)
-
-    monkeypatch.setattr(
-        Retrained, "validation_losses", diverged
-    )  # the better of its neighbours: then it is the best itself
-    on_the_line = loguniform(1e-6, 1e1).ppf([0.4, 0.5, 0.6, 0.7])
-    found = space.decode(screen(space, "", folds, objective, current))["weight_decay"]
-    assert np.isclose(found, on_the_line, rtol=1e-6).any()
-
-
 def test_lam_hat_is_shared_by_several_initial_weights_and_one_per_fold_remains(iris):
     """With n_inits the path differs, the response keeps K folds, and its losses are those of the trace."""
     X, y = iris
@@ -161,29 +101,6 @@ def test_lam_hat_is_shared_by_several_initial_weights_and_one_per_fold_remains(i
     assert len(response.hypernetwork.w0) == 3
     assert response.validation_curve("module__dropout", [0.1, 0.2]).shape == (2, 3)
     assert response.validation_loss() == pytest.approx(two.history_["validation_loss"][-1], rel=0.05)
-
-
-@pytest.mark.parametrize(("losses", "chosen"), [
-    ([1.01, 1.03, 1.2, 2.0, 1.0, 3.0, 3.0], 1),  # the strongest of the line that is nearly as good as the current one
-    ([1.06, 1.07, 1.2, 2.0, 1.0, 3.0, 3.0], 4),  # the current one, where none is
-    ([1.01, 1.0, 1.04, 2.0, 1.02, 3.0, 0.9], 6),
-])  # fmt: skip
-def test_what_overfits_late_is_not_started_from_because_it_looks_good_early(iris, monkeypatch, losses, chosen):
-    X, y = iris
-    net, space = (
-        clone(NET),
-        Space.from_distributions({"weight_decay": loguniform(1e-6, 1e1), "input_noise": uniform(0, 1)}),
-    )
-    rows = net._encode(X, y)
-    folds = [Fold(net, None, rows, rows)]
-    space, objective = stack(space, "", folds, len(X), 0)
-    monkeypatch.setattr(Retrained, "validation_losses", lambda self, folds: torch.tensor(losses))
-    screened = []
-    monkeypatch.setattr(
-        "hypertune.retraining.retrain", lambda *args, **kwargs: screened.append(args[4]) or retrain(*args, **kwargs)
-    )
-    start = screen(space, "", folds, objective, space.encode({"weight_decay": 1e-6, "input_noise": 0.1}))
-    assert torch.equal(start, screened[0][chosen])
 
 
 class Noted(Linear):
@@ -224,21 +141,6 @@ def test_settings_that_hardly_differ_are_verified_once():
     assert len(distinct(tuned, None, tuned.clone())) == 1
 
 
-def test_large_models_are_not_screened(iris):
-    net = clone(NET).set_params(module=MLP(hidden=(512, 512)), max_epochs=1)
-    found = search(net, {"weight_decay": loguniform(1e-6, 1e1)}, start="screened").fit(*iris)
-    assert len(found.cv_results_["params"]) == 2
-
-
-def test_mid_sized_ones_are_screened_on_as_many_folds_as_are_cheap(iris, monkeypatch):
-    seen = []
-    own = Retrained.validation_losses
-    monkeypatch.setattr(Retrained, "validation_losses", lambda self, folds: seen.append(len(folds)) or own(self, folds))
-    net = clone(NET).set_params(module=MLP(hidden=(128, 128)), max_epochs=1)  # 18,000 weights
-    search(net, {"weight_decay": loguniform(1e-6, 1e1)}, start="screened", cv=7).fit(*iris)
-    assert seen == [4, 7]  # the screening, the candidates
-
-
 def test_folds_of_other_sizes_are_screened_and_retrained_as_single_fits_would_be(iris, used):
     """Full batches of 66 and 67 rows."""
     X, y = iris[0][:100], iris[1][:100]
@@ -251,32 +153,6 @@ def test_folds_of_other_sizes_are_screened_and_retrained_as_single_fits_would_be
             alone = clone(net).set_params(**params).fit(X[train], y[train])
             loss = log_loss(y[valid], alone.predict_proba(X[valid]), labels=[0, 1])
             assert -found.cv_results_[f"split{k}_test_score"][row] == pytest.approx(loss, rel=1e-6)
-
-
-@pytest.mark.slow
-def test_from_a_start_where_the_model_is_dead_the_search_begins_again(iris, monkeypatch):
-    """Where nothing is screened, with a penalty that leaves nothing of the outputs: no slope leads out of there."""
-    net = clone(NET).set_params(module=MLP(hidden=(32, 32)), weight_decay=3.0, max_epochs=40, lr=0.02)
-    monkeypatch.setattr("hypertune.retraining._SCREENED_WEIGHTS", 0)
-    assert net.fit(*iris).predict_proba(iris[0]).std(axis=0).max() < 1e-3
-    space = {"weight_decay": loguniform(1e-6, 1e1), "module__dropout": uniform(0, 0.5)}
-    found = search(net, space, scoring="neg_log_loss", start="screened").fit(*iris)
-    assert found.best_params_["weight_decay"] < 0.1
-    assert found.best_score_ > -0.3
-    for asked_for in ({"start": "estimator"}, {"evaluate": "hypernetwork"}):
-        assert search(net, space, **asked_for).fit(*iris).best_response_.params["weight_decay"] > 1.0
-
-
-def test_one_validation_row_or_small_targets_are_no_constant_prediction(iris, monkeypatch):
-    runs = []
-    own = hyper_train
-    monkeypatch.setattr("hypertune.search.hyper_train", lambda *args, **kwargs: runs.append(1) or own(*args, **kwargs))
-    X, y = iris[0], iris[0][:, 2] * 1e-3
-    space = {"weight_decay": loguniform(1e-6, 1e1)}
-    search(clone(NET).set_params(max_epochs=1), space, cv=ShuffleSplit(2, test_size=1), start="screened").fit(*iris)
-    net = TorchRegressor(MLP(hidden=()), lr=0.05, max_epochs=10, random_state=0)
-    search(net, space, start="screened").fit(X, y)
-    assert len(runs) == 2
 
 
 class Keeping(HyperTrainingSearchCV):
@@ -398,11 +274,3 @@ def test_an_optimizer_that_sees_all_weights_at_once_trains_each_candidate_alone(
     net = clone(NET).set_params(optimizer=clipped, max_epochs=3)
     search(net, {"weight_decay": loguniform(1e-6, 1e0)}).fit(*iris)
     assert not any(used)
-
-
-def test_a_verbose_net_is_screened_like_another(iris, capsys):
-    space = {"weight_decay": loguniform(1e-6, 1e1)}
-    quiet, loud = (
-        search(clone(NET).set_params(verbose=v, max_epochs=3), space, start="screened").fit(*iris) for v in (0, 1)
-    )
-    assert quiet.best_params_ == loud.best_params_

@@ -1,0 +1,93 @@
+"""Where λ̂ starts: at a screened setting, out of the corners, and again where the model was left with a constant prediction.
+
+A gradient needs a slope. Far down on a logarithmic axis there is none, nor where regularisation is so strong that nothing
+but a constant prediction remains.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hypertune.batches import Minibatches
+from hypertune.hyperprior import vertex
+from hypertune.objective import Objective
+from hypertune.response import Fold
+from hypertune.retraining import retrain
+from hypertune.space import Space
+
+_SCREENED_WEIGHTS = 600_000  # beyond it the models of a screening cost what each would alone
+_LINE = (0.4, 0.5, 0.6, 0.7)  # quantiles
+_SCREENED_STEPS = 150  # a screening is at least so long, or as long as a fit
+_SCREENED_SHARE = 1 / 3
+_NEARLY = 1.05  # times the least loss: as good, in a screening
+_RESTARTS = 2
+_THIRD = 1 / 3  # of the way up a distribution: out of the flat part
+
+
+def screen(space: Space, prefix: str, folds: list[Fold], objective: Objective, current: Tensor) -> Tensor | None:
+    """Where λ̂ should start (n,): the best of a handful of settings from weak to strong regularisation; None where stacking does not pay.
+
+    They are ``current`` (n,), a line of quantiles of all logarithmic hyperparameters together with the others as they are, and
+    two of that line with the others a quarter of the way up. They are trained on as many of the folds as is cheap, for a third of
+    a fit (at least 150 steps, at most a whole fit) with a schedule of that length: which is best is seen by then, which of the
+    others is good may not be. But what overfits late looks good so early: where ``current`` is best, the strongest of the line that
+    is nearly as good is taken. If the best is inside the line, λ̂ starts at the vertex of the parabola through it and its neighbours.
+    """
+    log = torch.cat([torch.full((h.size,), h.coordinate == "log") for h in space.hyperparameters])
+    line = space.quantile(np.array(_LINE)[:, None].repeat(space.n, axis=1)) if log.any() else current.repeat(0, 1)
+    quarter = space.quantile(np.full((1, space.n), 0.25))
+    as_they_are = torch.where(log, line, current)
+    up = torch.where(log, line[1:3], quarter) if log.any() else quarter
+    settings = torch.cat([as_they_are, current[None], up])
+    affordable = _SCREENED_WEIGHTS // (len(settings) * objective.D)
+    if not affordable:
+        return None
+    folds, net = folds[:affordable], folds[0].net
+    per_epoch = min(Minibatches([fold.train], net.batch_size, seed=0).steps_per_epoch for fold in folds)
+    steps = max(_SCREENED_SHARE * net.max_epochs * per_epoch, _SCREENED_STEPS)
+    screened = retrain(
+        space, prefix, folds, objective, settings, epochs=min(net.max_epochs, math.ceil(steps / per_epoch))
+    )
+    if screened is None:
+        return None
+    losses = screened.validation_losses(folds)
+    best = int(losses.argmin())
+    if best == len(line) and (near := (losses[:best] <= _NEARLY * losses[best]).nonzero()).numel():
+        return settings[near[-1, 0]]
+    around = losses[max(best - 1, 0) : best + 2]
+    if not 0 < best < len(line) - 1 or not (around.isfinite() & (around > 0)).all():
+        return settings[best]
+    at = vertex(np.arange(len(line)), losses[: len(line)].log().numpy())
+    return torch.lerp(settings[int(at)], settings[math.ceil(at)], at % 1)
+
+
+def out_of_corners(space: Space, current: Tensor) -> Tensor:
+    """Where λ̂ starts: at the given setting, except where that is the bound of a logarithmic range.
+
+    Far down on a logarithmic axis the loss is flat, and a gradient does not lead out of there: such a hyperparameter starts
+    at a third of the way up its distribution.
+    """
+    start = current.clone()
+    third = space.quantile(np.full((1, space.n), _THIRD))[0]
+    for h, block in zip(space.hyperparameters, space.blocks.values(), strict=True):
+        if h.coordinate == "log":
+            at_bound = (current[block] == h.low) | (current[block] == h.high)
+            start[block] = torch.where(at_bound, third[block], current[block])
+    return start
+
+
+def restarts(space: Space, constant: Tensor) -> Iterator[Tensor]:
+    """Where to begin again if a run from λ = ``constant`` (n,) ended with a constant prediction; each (n,).
+
+    Logarithmic hyperparameters begin half way between there and a third of the way up their distributions, and again half way.
+    """
+    third = space.quantile(np.full((1, space.n), _THIRD))[0]
+    log = space.mask(lambda h: h.coordinate == "log")
+    for _ in range(_RESTARTS if log.any() else 0):
+        constant = torch.where(log, (constant + third) / 2, constant)
+        yield constant

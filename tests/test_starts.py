@@ -1,0 +1,137 @@
+"""Where λ̂ starts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import loguniform, uniform
+from sklearn.base import clone
+from sklearn.model_selection import ShuffleSplit
+
+from hypertune import MLP, TorchRegressor
+from hypertune.response import Fold
+from hypertune.retraining import Retrained, retrain
+from hypertune.space import Space
+from hypertune.starts import screen
+from hypertune.training import hyper_train, stack
+from tests.test_retraining import NET, search
+
+
+@pytest.mark.slow
+def test_a_handful_of_settings_is_screened_and_the_best_is_start_and_candidate(breast_cancer, used):
+    X, y = breast_cancer
+    net = clone(NET).set_params(max_epochs=40, lr=1e-2, input_noise=0.0)
+    space = {"weight_decay": loguniform(1e-6, 1e1), "module__dropout": uniform(0, 0.8)}
+    found = search(net, space, start="screened", scoring="neg_log_loss", hyper_lr=5e-4).fit(X, y)
+    tuned, middle, best, current = found.cv_results_["params"]
+    assert current == {"weight_decay": pytest.approx(1e-6), "module__dropout": 0.1}
+    low, high = loguniform(1e-6, 1e1).ppf([0.4, 0.7])
+    assert low <= best["weight_decay"] <= high
+    assert best["module__dropout"] == pytest.approx(0.1) or best["module__dropout"] == pytest.approx(0.2)
+    for name in space:  # λ̂ starts at the best of them, and hardly moves at this step size
+        assert tuned[name] == pytest.approx(best[name], rel=5e-2)
+        assert middle[name] == pytest.approx(best[name], rel=5e-2)
+    scores = found.cv_results_["mean_test_score"]
+    assert scores[2] > scores[3]
+    assert used.count(True) == 12
+
+
+def test_the_start_is_between_the_screened_settings_where_a_parabola_through_their_losses_is_lowest(iris, monkeypatch):
+    """Losses that are a parabola in the position on the line: its minimum, exactly."""
+    X, y = iris
+    net, space = clone(NET), Space.from_distributions({"weight_decay": loguniform(1e-6, 1e1)})
+    rows = net._encode(X, y)
+    folds = [Fold(net, None, rows, rows)]
+    space, objective = stack(space, "", folds, len(X), 0)
+    current = space.encode({"weight_decay": 1e-6})
+
+    def losses(self, folds):
+        return (0.3 * (self.lam[:, 0] - np.log(5e-3)) ** 2).exp()
+
+    monkeypatch.setattr(Retrained, "validation_losses", losses)
+    start = screen(space, "", folds, objective, current)
+    assert space.decode(start)["weight_decay"] == pytest.approx(5e-3, rel=1e-4)
+
+    def diverged(self, folds):
+        found = losses(self, folds)
+        return torch.where(found == found.topk(2, largest=False).values[1], torch.inf, found)
+
+    monkeypatch.setattr(
+        Retrained, "validation_losses", diverged
+    )  # the better of its neighbours: then it is the best itself
+    on_the_line = loguniform(1e-6, 1e1).ppf([0.4, 0.5, 0.6, 0.7])
+    found = space.decode(screen(space, "", folds, objective, current))["weight_decay"]
+    assert np.isclose(found, on_the_line, rtol=1e-6).any()
+
+
+@pytest.mark.parametrize(("losses", "chosen"), [
+    ([1.01, 1.03, 1.2, 2.0, 1.0, 3.0, 3.0], 1),  # the strongest of the line that is nearly as good as the current one
+    ([1.06, 1.07, 1.2, 2.0, 1.0, 3.0, 3.0], 4),  # the current one, where none is
+    ([1.01, 1.0, 1.04, 2.0, 1.02, 3.0, 0.9], 6),
+])  # fmt: skip
+def test_what_overfits_late_is_not_started_from_because_it_looks_good_early(iris, monkeypatch, losses, chosen):
+    X, y = iris
+    net, space = (
+        clone(NET),
+        Space.from_distributions({"weight_decay": loguniform(1e-6, 1e1), "input_noise": uniform(0, 1)}),
+    )
+    rows = net._encode(X, y)
+    folds = [Fold(net, None, rows, rows)]
+    space, objective = stack(space, "", folds, len(X), 0)
+    monkeypatch.setattr(Retrained, "validation_losses", lambda self, folds: torch.tensor(losses))
+    screened = []
+    monkeypatch.setattr(
+        "hypertune.starts.retrain", lambda *args, **kwargs: screened.append(args[4]) or retrain(*args, **kwargs)
+    )
+    start = screen(space, "", folds, objective, space.encode({"weight_decay": 1e-6, "input_noise": 0.1}))
+    assert torch.equal(start, screened[0][chosen])
+
+
+def test_large_models_are_not_screened(iris):
+    net = clone(NET).set_params(module=MLP(hidden=(512, 512)), max_epochs=1)
+    found = search(net, {"weight_decay": loguniform(1e-6, 1e1)}, start="screened").fit(*iris)
+    assert len(found.cv_results_["params"]) == 2
+
+
+def test_mid_sized_ones_are_screened_on_as_many_folds_as_are_cheap(iris, monkeypatch):
+    seen = []
+    own = Retrained.validation_losses
+    monkeypatch.setattr(Retrained, "validation_losses", lambda self, folds: seen.append(len(folds)) or own(self, folds))
+    net = clone(NET).set_params(module=MLP(hidden=(128, 128)), max_epochs=1)  # 18,000 weights
+    search(net, {"weight_decay": loguniform(1e-6, 1e1)}, start="screened", cv=7).fit(*iris)
+    assert seen == [4, 7]  # the screening, the candidates
+
+
+def test_a_verbose_net_is_screened_like_another(iris, capsys):
+    space = {"weight_decay": loguniform(1e-6, 1e1)}
+    quiet, loud = (
+        search(clone(NET).set_params(verbose=v, max_epochs=3), space, start="screened").fit(*iris) for v in (0, 1)
+    )
+    assert quiet.best_params_ == loud.best_params_
+
+
+@pytest.mark.slow
+def test_from_a_start_where_the_model_is_dead_the_search_begins_again(iris, monkeypatch):
+    """Where nothing is screened, with a penalty that leaves nothing of the outputs: no slope leads out of there."""
+    net = clone(NET).set_params(module=MLP(hidden=(32, 32)), weight_decay=3.0, max_epochs=40, lr=0.02)
+    monkeypatch.setattr("hypertune.starts._SCREENED_WEIGHTS", 0)
+    assert net.fit(*iris).predict_proba(iris[0]).std(axis=0).max() < 1e-3
+    space = {"weight_decay": loguniform(1e-6, 1e1), "module__dropout": uniform(0, 0.5)}
+    found = search(net, space, scoring="neg_log_loss", start="screened").fit(*iris)
+    assert found.best_params_["weight_decay"] < 0.1
+    assert found.best_score_ > -0.3
+    for asked_for in ({"start": "estimator"}, {"evaluate": "hypernetwork"}):
+        assert search(net, space, **asked_for).fit(*iris).best_response_.params["weight_decay"] > 1.0
+
+
+def test_one_validation_row_or_small_targets_are_no_constant_prediction(iris, monkeypatch):
+    runs = []
+    own = hyper_train
+    monkeypatch.setattr("hypertune.search.hyper_train", lambda *args, **kwargs: runs.append(1) or own(*args, **kwargs))
+    X, y = iris[0], iris[0][:, 2] * 1e-3
+    space = {"weight_decay": loguniform(1e-6, 1e1)}
+    search(clone(NET).set_params(max_epochs=1), space, cv=ShuffleSplit(2, test_size=1), start="screened").fit(*iris)
+    net = TorchRegressor(MLP(hidden=()), lr=0.05, max_epochs=10, random_state=0)
+    search(net, space, start="screened").fit(X, y)
+    assert len(runs) == 2
