@@ -240,11 +240,9 @@ class Hypernetwork(nn.Module):
         (docs/benchmarks.md, *band*) up to d = 4: infinite beyond it, and where σ_j = 0.
         """
         delta = lam - self.center
-        distance = torch.where(delta == 0, 0.0, delta / (2 * sigma))
-        if self.seen is not None:
-            distance = torch.where((self.seen == 0) & (delta != 0), torch.inf, distance)
+        distance = delta / (2 * sigma)  # 0/0, which is nan and counts as 0, where nothing was sampled and nothing moved
         squares = torch.where(distance.isinf().any(dim=-1), torch.inf, 0.0)[None, :, None]
-        features = self.basis(distance.nan_to_num(posinf=0.0, neginf=0.0))
+        features = self.basis(distance.nan_to_num(0.0, 0.0, 0.0))
         for linear in self.maps:
             squares = squares + linear.squares(features)
         return torch.where(squares > _TRUSTED**2, torch.inf, (1 + squares).square())

@@ -23,6 +23,7 @@ from hypertune.objective import Objective
 from hypertune.randomness import isolated
 from hypertune.space import Space, Value
 
+_PIECE = 4096  # rows in one pass
 _LOOKED_AT = 100  # rows
 _NOTHING = 0.01  # standard deviation over rows of the outputs: logits, or in standard deviations of the targets
 
@@ -329,8 +330,8 @@ def _pieces(objective: Objective, w: Tensor, rows: Rows, fold: int) -> Iterator[
     """Some rows after others: their share in the whole, and L_Valid of m models on them, (m,)."""
     x, y, weight, _ = rows
     mass = float(len(x) if weight is None else weight.sum())
-    for i in range(0, len(x), 4096):
-        piece = slice(i, i + 4096)
+    for i in range(0, len(x), _PIECE):
+        piece = slice(i, i + _PIECE)
         s = None if weight is None else weight[None, piece]
         size = float(len(x[piece]) if s is None else s.sum())
         batch = Batch(x[None, piece], y[None, piece], None if s is None else s / s.mean()).repeat(len(w))

@@ -94,7 +94,7 @@ def check_names(net: Net, space: Space, prefix: str) -> None:
     """
     for h in space.hyperparameters:
         where, own = f"param_distributions[{h.name!r}]", h.name.removeprefix(prefix)
-        if h.grain not in (_GRAINS.get(own, (None,)) if net.loss_names.get(own) == own else (None,)):
+        if h.grain not in _GRAINS.get(own, (None,)):  # under skorch's names none has a finer one
             raise ValueError(
                 f"{where}: per_{h.grain}(...) needs something that has such a shape: weight_decay or l1 of a TorchClassifier or "
                 "TorchRegressor (per_feature also input_noise). This one is a single number."

@@ -61,6 +61,11 @@ def test_a_linear_regressor_at_fixed_weight_decay_is_ridge():
     assert_allclose(weights[0].numpy(), exact.coef_, rtol=1e-3, atol=1e-4)
 
 
+def test_one_hidden_layer_may_be_a_number():
+    one, same = MLP(hidden=8)(4, 3), MLP(hidden=(8,))(4, 3)
+    assert [p.shape for p in one.parameters()] == [p.shape for p in same.parameters()]
+
+
 def test_several_outputs():
     X, Y = make_regression(80, 5, n_targets=3, random_state=0)
     model = TorchRegressor(MLP(hidden=()), lr=0.05, random_state=0).fit(X, Y)

@@ -178,6 +178,12 @@ def test_a_callable_criterion_may_return_rows_or_their_mean(batch: Batch):
         Objective(_net(), CustomLoss(lambda out, y: out)).valid_loss(w, batch)
 
 
+def test_every_row_is_seen_once_in_a_pass():
+    stream = Minibatches([Rows(torch.arange(5.0)[:, None], torch.zeros(5))], 2, seed=0)
+    seen = torch.cat([next(stream).x[0, :, 0] for _ in range(10)])  # 20 rows: four passes
+    assert all(sorted(one.tolist()) == [0, 1, 2, 3, 4] for one in seen.view(4, 5))
+
+
 def test_minibatches_show_every_row_equally_often_and_are_reproducible():
     folds = [Rows(torch.arange(5.0), torch.arange(5)), Rows(torch.arange(10.0, 17.0), torch.arange(7))]
     stream, again = (Minibatches(folds, 3, seed=0) for _ in range(2))

@@ -82,6 +82,7 @@ def test_bad_spaces_are_refused_by_name(iris, space, message):
     [
         ({"estimator": LogisticRegression()}, TypeError, "tunes a TorchClassifier.*got LogisticRegression"),
         ({"algorithm": "grid"}, ValueError, "'algorithm' parameter of HyperTrainingSearchCV must be a str among .*'joint'.* Got 'grid'"),
+        ({"estimator": clone(NET).set_params(optimizer="nope")}, ValueError, "'optimizer' parameter of TorchClassifier .* Got 'nope'"),
         ({"hypernetwork": "lineal"}, ValueError, "'hypernetwork' .* Got 'lineal'"),
         ({"hypernetwork": 3}, ValueError, "'hypernetwork' .* implementing 'build'. Got 3"),
         ({"evaluate": "no"}, ValueError, "'evaluate' .* Got 'no'"),
@@ -179,3 +180,11 @@ def test_a_criterion_that_does_not_take_the_outputs_is_refused_in_words(iris):
         match=r"outputs of shape \(64, 3\) and targets of shape \(64,\).*one output \(logit\) for each class",
     ):
         net.fit(*iris)
+
+
+def test_what_a_criterion_raises_itself_is_not_reworded(iris):
+    def criterion(outputs: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("its own words")
+
+    with pytest.raises(RuntimeError, match=r"^its own words$"):
+        TorchRegressor(criterion=criterion, max_epochs=1).fit(iris[0], iris[0][:, :2])

@@ -98,6 +98,13 @@ def test_a_band_is_as_wide_as_the_candidates_missed_the_curve(along_one):
     assert (missed / deviation) @ (missed / deviation) == pytest.approx(len(values), rel=1e-3)
 
 
+def test_a_band_is_the_same_however_many_rows_go_through_at_once(along_one, monkeypatch):
+    response, values = along_one.best_response_, [1e-3, 1e-2]
+    whole = response.validation_band("weight_decay", values)
+    monkeypatch.setattr("hypertune.response._PIECE", 7)
+    assert_allclose(response.validation_band("weight_decay", values), whole, rtol=1e-4)
+
+
 def test_a_band_widens_with_the_distance_and_the_coverage(along_one):
     response = along_one.best_response_
     tuned = response.params["weight_decay"]

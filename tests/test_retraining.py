@@ -37,6 +37,12 @@ def search(net=NET, space=SPACE, **params) -> HyperTrainingSearchCV:
     )
 
 
+class Keeping(HyperTrainingSearchCV):
+    def _set_up(self):
+        self.setup = super()._set_up()
+        return self.setup
+
+
 def test_scores_and_losses_are_those_of_single_fits(iris, used):
     X, y = iris
     found = search(scoring="neg_log_loss").fit(X, y)
@@ -142,23 +148,22 @@ def test_settings_that_hardly_differ_are_verified_once():
 
 
 def test_folds_of_other_sizes_are_screened_and_retrained_as_single_fits_would_be(iris, used):
-    """Full batches of 66 and 67 rows."""
-    X, y = iris[0][:100], iris[1][:100]
-    net = clone(NET).set_params(batch_size=1024, lr=0.05, dtype="float64")
-    found = search(net, {"weight_decay": loguniform(1e-6, 1e1)}, start="screened", scoring="neg_log_loss").fit(X, y)
+    """Full batches of 67, 66 and 67 rows."""
+    X, y = iris[0][50:], iris[1][50:]
+    splits = [list(StratifiedKFold(3).split(X, y))[k] for k in (1, 0, 2)]
+    net = clone(NET).set_params(batch_size=1024, lr=0.05, dtype="float64", max_epochs=30)
+    space = {"weight_decay": loguniform(1e-6, 1e1)}
+    found = Keeping(net, space, cv=splits, scoring="neg_log_loss", random_state=0).fit(X, y)
+    curves = retrain(*found.setup[:4], found.setup.current[None]).curves[:, :, 0]
     assert len(found.cv_results_["params"]) == 4
     assert used == [True] * 12 + [False]
     for row, params in enumerate(found.cv_results_["params"]):
-        for k, (train, valid) in enumerate(StratifiedKFold(3).split(X, y)):
+        for k, (train, valid) in enumerate(splits):
             alone = clone(net).set_params(**params).fit(X[train], y[train])
-            loss = log_loss(y[valid], alone.predict_proba(X[valid]), labels=[0, 1])
+            loss = log_loss(y[valid], alone.predict_proba(X[valid]), labels=[1, 2])
             assert -found.cv_results_[f"split{k}_test_score"][row] == pytest.approx(loss, rel=1e-6)
-
-
-class Keeping(HyperTrainingSearchCV):
-    def _set_up(self):
-        self.setup = super()._set_up()
-        return self.setup
+            if params["weight_decay"] == pytest.approx(1e-6):  # the estimator's own
+                assert_allclose(curves[:, k], alone.loss_curve_, rtol=1e-6)
 
 
 def test_where_lam_hat_went_the_wrong_way_the_other_side_of_its_start_is_looked_at(iris, monkeypatch):
@@ -181,6 +186,11 @@ def test_where_lam_hat_went_the_wrong_way_the_other_side_of_its_start_is_looked_
     clipped, *_ = retrain_candidates(*narrow[:4], distinct(tuned, start, current))
     assert torch.cat(clipped).tolist() == pytest.approx([-8.0, -7.5, -7.0, -6.5, -6.2, -13.0])
     best = torch.tensor([-7.6])
+    assert len(retrain_candidates(*setup[:4], distinct(tuned, start, current))[0]) == 4
+    losses = {-8.0: 3.0, -7.5: 4.0, -7.0: 2.0, -13.0: 5.0}  # no way at all: the middle is the worst of the three
+    monkeypatch.setattr(
+        Retrained, "validation_losses", lambda self, folds: torch.tensor([losses[float(v)] for v in self.lam])
+    )
     assert len(retrain_candidates(*setup[:4], distinct(tuned, start, current))[0]) == 4
 
 

@@ -20,6 +20,7 @@ from torch import nn
 from hypertune import HyperTrainingSearchCV, per_layer
 from hypertune.batches import Batch
 from hypertune.skorch import SkorchNet
+from hypertune.training import hyper_train
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:skorch", "ignore:.*weights_only.*:FutureWarning")
 
@@ -168,3 +169,17 @@ def test_data_that_skorch_would_not_take_is_refused_early(iris32):
         search(classifier()).fit(X, np.array(["a", "b", "c"])[y])
     with pytest.raises(ValueError, match="needs a TorchClassifier"):
         search(classifier(), evaluate="hypernetwork").fit(X, y)
+
+
+def test_small_targets_are_no_constant_prediction(monkeypatch):
+    """The targets of a skorch net are as they are: outputs count in their standard deviations."""
+    runs = []
+    own = hyper_train
+    monkeypatch.setattr("hypertune.search.hyper_train", lambda *args, **kwargs: runs.append(1) or own(*args, **kwargs))
+    X, y = (a.astype(np.float32) for a in load_diabetes(return_X_y=True))
+    module = nn.Linear(10, 1)
+    nn.init.zeros_(module.weight)
+    net = NeuralNetRegressor(module, lr=0.1, max_epochs=20, train_split=None, verbose=0)
+    space = {"optimizer__weight_decay": loguniform(1e-6, 1e-3)}
+    HyperTrainingSearchCV(net, space, cv=3, random_state=0).fit(X * 20, y[:, None] * 1e-5)
+    assert len(runs) == 1

@@ -13,7 +13,7 @@ from hypertune import MLP, TorchRegressor
 from hypertune.response import Fold
 from hypertune.retraining import Retrained, retrain
 from hypertune.space import Space
-from hypertune.starts import screen
+from hypertune.starts import restarts, screen
 from hypertune.training import hyper_train, stack
 from tests.test_retraining import NET, search
 
@@ -121,7 +121,7 @@ def test_from_a_start_where_the_model_is_dead_the_search_begins_again(iris, monk
     found = search(net, space, scoring="neg_log_loss", start="screened").fit(*iris)
     assert found.best_params_["weight_decay"] < 0.1
     assert found.best_score_ > -0.3
-    for asked_for in ({"start": "estimator"}, {"evaluate": "hypernetwork"}):
+    for asked_for in ({"start": "estimator"}, {"start": "screened", "evaluate": "hypernetwork"}):
         assert search(net, space, **asked_for).fit(*iris).best_response_.params["weight_decay"] > 1.0
 
 
@@ -135,3 +135,12 @@ def test_one_validation_row_or_small_targets_are_no_constant_prediction(iris, mo
     net = TorchRegressor(MLP(hidden=()), lr=0.05, max_epochs=10, random_state=0)
     search(net, space, start="screened").fit(X, y)
     assert len(runs) == 2
+
+
+def test_restarts_are_half_way_to_a_third_of_the_logarithmic_ranges_and_leave_the_others():
+    space = Space.from_distributions({"weight_decay": loguniform(1e-6, 1e3), "module__dropout": uniform(0, 0.8)})
+    dead = space.encode({"weight_decay": 1e1, "module__dropout": 0.6})
+    found = [space.decode(lam) for lam in restarts(space, dead)]
+    assert [at["weight_decay"] for at in found] == pytest.approx([1e-1, 1e-2])
+    assert [at["module__dropout"] for at in found] == pytest.approx([0.6, 0.6])
+    assert not list(restarts(Space.from_distributions({"module__dropout": uniform(0, 0.8)}), dead[1:]))
