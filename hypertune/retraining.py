@@ -23,8 +23,6 @@ from hypertune.space import Space
 from hypertune.training import make_values
 
 _MOST_WEIGHTS = 2**27  # of all models together
-_NOTICEABLE = 0.01  # units of λ
-_FURTHER = ((0.5, 1.0), (2.0, 4.0))  # times as far from λ̂'s start as the tuned setting is, on the other side
 # Optimizers that move each number by itself, so that many models are trained by one of them as each would be by its own.
 _ELEMENTWISE = tuple(
     getattr(torch.optim, name) for name in ("Adam", "AdamW", "SGD", "RMSprop", "Adagrad", "Adamax", "NAdam", "RAdam")
@@ -89,69 +87,15 @@ class Retrained:
         return True
 
 
-def distinct(tuned: Tensor, start: Tensor | None, current: Tensor) -> list[Tensor]:
-    """The settings to verify, each (n,): tuned, the middle, start, the estimator's own; the second and third where they differ noticeably."""
-    kept = [tuned]
-    for lam in [] if start is None else [(tuned + start) / 2, start]:
-        if all((lam - known).abs().max() > _NOTICEABLE for known in (*kept, current)):
-            kept.append(lam)
-    return kept if torch.equal(tuned, current) else [*kept, current]
-
-
-def retrain_candidates(
-    space: Space, prefix: str, folds: list[Fold], objective: Objective, candidates: list[Tensor]
-) -> tuple[list[Tensor], list[Retrained], tuple[Tensor, Tensor] | None]:
-    """Retrain what :func:`distinct` gave, if that can be stacked; and more of it where λ̂ went the wrong way.
-
-    So it did where the start is better than the middle and that better than the tuned setting: what the weights learned
-    under an earlier λ stays with them, but not with a retrained model. Then two to four settings on the other side of the start follow,
-    before the estimator's own.
-
-    Returns
-    -------
-    candidates : list of Tensor of shape (n,)
-    retrained : list of Retrained
-        Empty if they cannot be stacked.
-    verified : tuple of Tensor of shape (C, n) and Tensor of shape (C,), or None
-        λ of all that were retrained, and their validation losses, mean over folds.
-    """
-    first = retrain(space, prefix, folds, objective, torch.stack(candidates))
-    if first is None:
-        return candidates, [], None
-    retrained, losses = [first], first.validation_losses(folds)
-    if len(candidates) == 4 and losses[2] < losses[1] < losses[0]:
-        tuned, _, start, current = candidates
-        for steps in _FURTHER:
-            further = start + torch.tensor(steps)[:, None] * (start - tuned)
-            new: list[Tensor] = []
-            for lam in torch.minimum(torch.maximum(further, space.low), space.high):
-                if all((lam - known).abs().max() > _NOTICEABLE for known in [*candidates, *new]):
-                    new.append(lam)
-            if not new:
-                break
-            more = retrain(space, prefix, folds, objective, torch.stack(new))
-            assert more is not None  # the first could be
-            retrained.append(more)
-            candidates = [*candidates[:-1], *more.lam, current]
-            losses = torch.cat([losses, more.validation_losses(folds)])
-            if losses.argmin() != len(losses) - 1:
-                break
-    return candidates, retrained, (torch.cat([r.lam for r in retrained]), losses)
-
-
 def retrain(
     space: Space, prefix: str, folds: list[Fold], objective: Objective, lam: Tensor, *, epochs: int | None = None
 ) -> Retrained | None:
-    """Train C settings (C, n) on all folds; None where they cannot be stacked or someone wants to watch each fit.
-
-    ``epochs`` is the net's own ``max_epochs`` unless given; fits of another length are nobody's to watch.
-    """
+    """Train C settings (C, n) on all folds, for ``epochs`` or as long as the net would; None where they cannot be stacked."""
     net = folds[0].net
     K, C = len(folds), len(lam)
     if (
         not isinstance(net, TorchEstimator)
         or not objective.stacked
-        or (epochs is None and (net.verbose or hasattr(net, "_skl_callbacks")))
         or K * C * objective.D > _MOST_WEIGHTS
         or any(h.grain == "row" for h in space.hyperparameters)
     ):

@@ -2,8 +2,8 @@
 
 ``HyperTrainingSearchCV`` is a ``BaseSearchCV`` that overrides where its candidates come from. It splits as
 ``GridSearchCV`` does, hyper-trains all folds together, and hands a short list of candidates (the tuned setting, the screened one
-that it started from, the middle between them, and the estimator's own) to scikit-learn's ``evaluate_candidates``, which retrains and
-scores them. ``cv_results_``, ranks, ``error_score``, multimetric scoring and ``refit`` are scikit-learn's own code.
+that it started from, the middle between them, the estimator's own, and what is better beyond these) to scikit-learn's
+``evaluate_candidates``, which retrains and scores them. ``cv_results_``, ranks, ``error_score``, multimetric scoring and ``refit`` are scikit-learn's own code.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from sklearn.utils.validation import _num_samples, indexable
 from torch import Tensor
 
 from hypertune.callbacks import epochs
+from hypertune.candidates import distinct, retrain_candidates
 from hypertune.folds import last_step, make_folds, net_of, prefix_of
 from hypertune.hypergradients import Description
 from hypertune.hypernetworks import HYPERNETWORKS, Builder
@@ -34,7 +35,6 @@ from hypertune.objective import Objective
 from hypertune.randomness import draw_seed
 from hypertune.recipes import NAMES
 from hypertune.response import BestResponse, Fold
-from hypertune.retraining import distinct, retrain_candidates
 from hypertune.space import Space
 from hypertune.starts import out_of_corners, restarts, screen
 from hypertune.training import hyper_train, stack
@@ -58,8 +58,8 @@ class HyperTrainingSearchCV(BaseSearchCV):
     One training run of all folds learns the weights *as a function of the hyperparameters*, and the hyperparameters
     descend the validation loss through that function [1]_. For small models a handful of settings, trained in one stacked
     pass, says where to start. The tuned setting, that start, the middle between them and the estimator's own setting are then
-    retrained from scratch and scored on every fold (and up to four more, if the start turns out best), and the best one is refitted on
-    all the data.
+    retrained from scratch and scored on every fold (of small models also the tuned setting with stronger regularisation, and up to four
+    beyond whichever of these is better than it), and the best one is refitted on all the data.
 
     Parameters
     ----------
@@ -85,7 +85,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
         sizes, such as ``LowRank(rank=20)``.
     start : {"screened", "estimator"}, default="screened"
         Where the hyperparameters start: at the best of a handful of settings that are trained together in one stacked pass
-        first, or at the estimator's own setting. If regularisation leaves nothing but a constant prediction there, "screened" begins
+        first, or at the estimator's own setting; "estimator" verifies that and the tuned setting only. If regularisation leaves nothing but a constant prediction there, "screened" begins
         again, nearer to the middle of the distributions. Screened are small models only, for which that is nearly free, that can be stacked;
         and not with ``evaluate="hypernetwork"``, ``algorithm="global"``, skorch nets or weights of rows.
     evaluate : {"retrain", "hypernetwork"}, default="retrain"
@@ -398,10 +398,11 @@ class HyperTrainingSearchCV(BaseSearchCV):
             return [response.params]
         tuned = space.encode(response.params)
         candidates = distinct(tuned, start, current)
-        if self._may_retrain_together():
-            candidates, retrained, response.verified = retrain_candidates(space, prefix, folds, objective, candidates)
-            if retrained:
-                self._known += retrained
+        candidates, retrained, response.verified = retrain_candidates(
+            space, prefix, folds, objective, candidates, more=self.start == "screened", watched=self._is_watched()
+        )
+        if retrained:
+            self._known += retrained
         return [space.decode(lam) for lam in candidates]
 
     def _set_up(self) -> Setup:
@@ -444,9 +445,10 @@ class HyperTrainingSearchCV(BaseSearchCV):
             progress=self.verbose > 0,
         )
 
-    def _may_retrain_together(self) -> bool:
-        """Unless a callback wants to see every fit, or nothing is to be retrained."""
-        return self.evaluate == "retrain" and not hasattr(self, "_skl_callbacks")
+    def _is_watched(self) -> bool:
+        """Whether someone wants to see every fit."""
+        net = net_of(self.estimator)
+        return hasattr(self, "_skl_callbacks") or hasattr(net, "_skl_callbacks") or bool(getattr(net, "verbose", False))
 
     @contextmanager
     def _hyper_training_task(self, n_epochs: int) -> Iterator[Callable[..., bool]]:

@@ -48,11 +48,12 @@ ROOMS = {  # room -> the rooms it may import from
     },
     "retraining": {"batches", "net", "objective", "randomness", "response", "space", "training"},
     "starts": {"batches", "hyperprior", "objective", "response", "retraining", "space"},
+    "candidates": {"objective", "response", "retraining", "space"},
     "folds": {"net", "response", "skorch"},
     "search": {
         "callbacks",
+        "candidates",
         "folds",
-        "retraining",
         "hypergradients",
         "hypernetworks",
         "hyperprior",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -23,7 +21,7 @@ from hypertune.losses import cross_entropy
 from hypertune.objective import Objective
 from hypertune.recipes import choose
 from hypertune.response import Fold, full_losses
-from hypertune.retraining import Retrained, distinct, retrain, retrain_candidates
+from hypertune.retraining import retrain
 from hypertune.space import Space
 from hypertune.training import stack
 
@@ -139,14 +137,6 @@ def test_nothing_of_it_is_kept(iris):
     assert "_known" not in vars(found)
 
 
-def test_settings_that_hardly_differ_are_verified_once():
-    tuned, near, far = torch.zeros(2), torch.tensor([0.0, 0.009]), torch.tensor([0.0, 1.0])
-    assert [lam.tolist() for lam in distinct(tuned, near, far)] == [[0, 0], [0, 1]]
-    assert [lam.tolist() for lam in distinct(tuned, far, far)] == [[0, 0], [0, 0.5], [0, 1]]
-    assert distinct(tuned, None, near) == [tuned, near]  # the estimator's own setting always is
-    assert len(distinct(tuned, None, tuned.clone())) == 1
-
-
 def test_folds_of_other_sizes_are_screened_and_retrained_as_single_fits_would_be(iris, used):
     """Full batches of 67, 66 and 67 rows."""
     X, y = iris[0][50:], iris[1][50:]
@@ -155,8 +145,8 @@ def test_folds_of_other_sizes_are_screened_and_retrained_as_single_fits_would_be
     space = {"weight_decay": loguniform(1e-6, 1e1)}
     found = Keeping(net, space, cv=splits, scoring="neg_log_loss", random_state=0).fit(X, y)
     curves = retrain(*found.setup[:4], found.setup.current[None]).curves[:, :, 0]
-    assert len(found.cv_results_["params"]) == 4
-    assert used == [True] * 12 + [False]
+    assert len(found.cv_results_["params"]) >= 5
+    assert used == [True] * 3 * len(found.cv_results_["params"]) + [False]
     for row, params in enumerate(found.cv_results_["params"]):
         for k, (train, valid) in enumerate(splits):
             alone = clone(net).set_params(**params).fit(X[train], y[train])
@@ -164,34 +154,6 @@ def test_folds_of_other_sizes_are_screened_and_retrained_as_single_fits_would_be
             assert -found.cv_results_[f"split{k}_test_score"][row] == pytest.approx(loss, rel=1e-6)
             if params["weight_decay"] == pytest.approx(1e-6):  # the estimator's own
                 assert_allclose(curves[:, k], alone.loss_curve_, rtol=1e-6)
-
-
-def test_where_lam_hat_went_the_wrong_way_the_other_side_of_its_start_is_looked_at(iris, monkeypatch):
-    """Losses that fall from the tuned setting over the start to twice as far: two settings more, then two more, until they rise."""
-    net = clone(NET).set_params(max_epochs=1)
-    setup = Keeping(net, {"weight_decay": loguniform(1e-6, 1e1)}, cv=3, random_state=0).fit(*iris).setup
-    best = torch.tensor([-4.0])
-    monkeypatch.setattr(Retrained, "validation_losses", lambda self, folds: (self.lam - best).square()[:, 0])
-    tuned, start, current = torch.tensor([-8.0]), torch.tensor([-7.0]), torch.tensor([-13.0])
-    candidates, retrained, (lam, losses) = retrain_candidates(*setup[:4], distinct(tuned, start, current))
-    assert torch.cat(candidates).tolist() == [-8.0, -7.5, -7.0, -6.5, -6.0, -5.0, -3.0, -13.0]
-    assert [len(r.lam) for r in retrained] == [4, 2, 2]
-    assert_allclose(losses, (lam - best).square()[:, 0])
-    best = torch.tensor([-6.8])
-    assert len(retrain_candidates(*setup[:4], distinct(tuned, start, current))[0]) == 6
-    best = torch.tensor([-4.0])
-    narrow = setup._replace(
-        space=replace(setup.space, hyperparameters=tuple(replace(h, high=-6.2) for h in setup.space.hyperparameters))
-    )
-    clipped, *_ = retrain_candidates(*narrow[:4], distinct(tuned, start, current))
-    assert torch.cat(clipped).tolist() == pytest.approx([-8.0, -7.5, -7.0, -6.5, -6.2, -13.0])
-    best = torch.tensor([-7.6])
-    assert len(retrain_candidates(*setup[:4], distinct(tuned, start, current))[0]) == 4
-    losses = {-8.0: 3.0, -7.5: 4.0, -7.0: 2.0, -13.0: 5.0}  # no way at all: the middle is the worst of the three
-    monkeypatch.setattr(
-        Retrained, "validation_losses", lambda self, folds: torch.tensor([losses[float(v)] for v in self.lam])
-    )
-    assert len(retrain_candidates(*setup[:4], distinct(tuned, start, current))[0]) == 4
 
 
 class Normed(nn.Sequential):
