@@ -50,6 +50,8 @@ ROOMS = {  # room -> the rooms it may import from
     "starts": {"batches", "hyperprior", "objective", "response", "retraining", "space"},
     "candidates": {"objective", "response", "retraining", "space"},
     "folds": {"net", "response", "skorch"},
+    "optuna": {"search", "space"},
+    "plotting": {"response", "search"},
     "search": {
         "callbacks",
         "candidates",
