@@ -1,8 +1,8 @@
-"""Which settings are verified: the tuned one, what is on the way to it, the estimator's own, and what is better beyond these.
+"""Which settings are verified: the tuned one, what is on the way to it, the estimator's own, and what may be better beyond these.
 
 λ̂ need not be where a retrained model is best. In fits that are far from converged the weights keep what they learned under an
-earlier λ, and the gradient at the end of so short a run asks for too little regularisation (Wu et al. 2018, *Understanding
-short-horizon bias in stochastic meta-optimization*). Retrained models show it, and stacked they cost little.
+earlier λ, and λ̂ asks for too little regularisation: an effect like the short-horizon bias of step sizes (Wu et al. 2018,
+*Understanding short-horizon bias in stochastic meta-optimization*). Retrained models show it.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from hypertune.space import Space
 _NOTICEABLE = 0.01  # units of λ
 _SMALL = 60_000  # weights of a setting's models on all folds: one more in the stack costs 3 to 10% of a search
 _STRONGER = 1.5  # units of λ: 4.5 times each weight decay
-_BEYOND = (0.5, 1.5, 2.0, 3.0)  # times as far from the tuned setting as one that is better
+_ON_THE_LINE = (0.5, 1.5, 2.0, 3.0)  # times as far from the tuned setting as the best one
 
 
 def distinct(tuned: Tensor, start: Tensor | None, current: Tensor) -> list[Tensor]:
     """Tuned, the middle, start, the estimator's own setting, each (n,); the second and third where they differ noticeably."""
     known = [tuned, current]
-    between = [] if start is None else _unknown([(tuned + start) / 2, start], known)
+    between = [] if start is None else _new([(tuned + start) / 2, start], known)
     return [tuned, *between] if torch.equal(tuned, current) else [tuned, *between, current]
 
 
@@ -40,13 +40,13 @@ def retrain_candidates(
 ) -> tuple[list[Tensor], list[Retrained], tuple[Tensor, Tensor] | None]:
     """Retrain what :func:`distinct` gave, if that can be stacked, and with ``more``, if the models are small, what may be better.
 
-    That is the tuned setting with all logarithmic hyperparameters e^1.5 times as large. And where the tuned setting is not the
-    best of all, those on the line from it through the one that is.
+    That is the tuned setting with all logarithmic hyperparameters e^1.5 times as large, which for penalties is stronger. And
+    where the tuned setting is not the best of all, in a second stacked pass, settings on the line from it through the one that is.
 
     Returns
     -------
     candidates : list of Tensor of shape (n,)
-        The estimator's own is the last. They do not depend on ``watched``.
+        What was given, and then what was added and did not diverge. They do not depend on ``watched``.
     retrained : list of Retrained
         Empty if they cannot be stacked, or if each fit is ``watched``: someone wants to see it happen.
     verified : tuple of Tensor of shape (C, n) and Tensor of shape (C,), or None
@@ -55,30 +55,25 @@ def retrain_candidates(
     more = more and objective.D * len(folds) <= _SMALL
     if watched and not more:
         return candidates, [], None
-    tuned, tried, own = candidates[0], candidates[:-1] or candidates, candidates[1:][-1:]
-    log = space.mask(lambda h: h.coordinate == "log")
-    if more and log.any():
-        tried = [*tried, *_unknown([_inside(tuned + _STRONGER * log, space)], candidates)]
-    first = retrain(space, prefix, folds, objective, torch.stack([*tried, *own]))
+    tuned, given, tried = candidates[0], len(candidates), candidates
+    if more:
+        log = space.mask(lambda h: h.coordinate == "log")
+        tried = [*tried, *_new([space.clip(tuned + _STRONGER * log)], tried)]
+    first = retrain(space, prefix, folds, objective, torch.stack(tried))
     if first is None:
         return candidates, [], None
     retrained, losses = [first], first.validation_losses(folds)
     towards = first.lam[losses.argmin()] - tuned
-    line = [_inside(tuned + times * towards, space) for times in _BEYOND]
-    if more and (beyond := _unknown(line, [*tried, *own])):
-        second = retrain(space, prefix, folds, objective, torch.stack(beyond))
+    if more and (line := _new([space.clip(tuned + times * towards) for times in _ON_THE_LINE], tried)):
+        second = retrain(space, prefix, folds, objective, torch.stack(line), seed=first.seed)
         assert second is not None  # the first could be
-        tried, retrained = [*tried, *beyond], [first, second]
+        tried, retrained = [*tried, *line], [first, second]
         losses = torch.cat([losses, second.validation_losses(folds)])
-    verified = torch.cat([r.lam for r in retrained]), losses
-    return [*tried, *own], [] if watched else retrained, verified
+    added = [lam for lam, loss in zip(tried[given:], losses[given:], strict=True) if loss.isfinite()]
+    return [*candidates, *added], [] if watched else retrained, (torch.stack(tried), losses)
 
 
-def _inside(lam: Tensor, space: Space) -> Tensor:
-    return torch.minimum(torch.maximum(lam, space.low), space.high)
-
-
-def _unknown(new: list[Tensor], known: list[Tensor]) -> list[Tensor]:
+def _new(new: list[Tensor], known: list[Tensor]) -> list[Tensor]:
     """Those of ``new`` that differ noticeably from all of ``known`` and from one another."""
     kept: list[Tensor] = []
     for lam in new:

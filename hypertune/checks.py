@@ -180,8 +180,7 @@ def _retrained(setup: Setup, own: Tensor, step: float) -> HypergradientCheck:
     else:
         generator = torch.Generator().manual_seed(0)
         directions = torch.randn(_MOST_DIRECTIONS, n, generator=generator, dtype=torch.float64) / math.sqrt(n)
-    ends = torch.stack([setup.current + sign * step * d for d in directions for sign in (1, -1)])
-    ends = torch.minimum(torch.maximum(ends, space.low), space.high)
+    ends = space.clip(torch.stack([setup.current + sign * step * d for d in directions for sign in (1, -1)]))
     retrained = retrain(space, prefix, folds, objective, ends)
     if retrained is None:
         raise ValueError('reference="retrain" needs a TorchClassifier or TorchRegressor whose module can be stacked.')

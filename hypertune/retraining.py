@@ -46,6 +46,8 @@ class Retrained:
         Fingerprints of the folds' training rows.
     n_outputs : int
         A fold that lacks a class is fitted alone, with fewer outputs.
+    seed : int
+        Of initial weights, minibatches and noise.
     """
 
     space: Space
@@ -56,6 +58,7 @@ class Retrained:
     objective: Objective
     keys: list[str]
     n_outputs: int
+    seed: int
 
     def validation_losses(self, folds: list[Fold]) -> Tensor:
         """Mean over folds of L_Valid of each setting on all validation rows, (C,); infinite where a model is not finite."""
@@ -88,9 +91,16 @@ class Retrained:
 
 
 def retrain(
-    space: Space, prefix: str, folds: list[Fold], objective: Objective, lam: Tensor, *, epochs: int | None = None
+    space: Space,
+    prefix: str,
+    folds: list[Fold],
+    objective: Objective,
+    lam: Tensor,
+    *,
+    epochs: int | None = None,
+    seed: int | None = None,
 ) -> Retrained | None:
-    """Train C settings (C, n) on all folds, for ``epochs`` or as long as the net would; None where they cannot be stacked."""
+    """Train C settings (C, n) on all folds, for ``epochs`` and from the ``seed`` or as the net would; None where they cannot be stacked."""
     net = folds[0].net
     K, C = len(folds), len(lam)
     if (
@@ -100,7 +110,7 @@ def retrain(
         or any(h.grain == "row" for h in space.hyperparameters)
     ):
         return None
-    seed = draw_seed(clone(net).random_state)
+    seed = draw_seed(clone(net).random_state) if seed is None else seed
     epochs = net.max_epochs if epochs is None else epochs
     # Folds of other sizes have other minibatches and schedules: those that are alike are trained together.
     alike: dict[tuple[int, int], list[int]] = {}
@@ -119,7 +129,7 @@ def retrain(
         weights = torch.cat([part[0] for part in parts])[order.to(weights.device)]
         curves = torch.cat([part[1] for part in parts], dim=1)[:, order.to(weights.device)]
     keys = [fingerprint(*fold.train[:3]) for fold in folds]
-    return Retrained(space, prefix, lam, weights, curves.cpu(), objective, keys, net.n_outputs_)
+    return Retrained(space, prefix, lam, weights, curves.cpu(), objective, keys, net.n_outputs_, seed)
 
 
 def _train(

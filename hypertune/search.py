@@ -2,7 +2,7 @@
 
 ``HyperTrainingSearchCV`` is a ``BaseSearchCV`` that overrides where its candidates come from. It splits as
 ``GridSearchCV`` does, hyper-trains all folds together, and hands a short list of candidates (the tuned setting, the screened one
-that it started from, the middle between them, the estimator's own, and what is better beyond these) to scikit-learn's
+that it started from, the middle between them, the estimator's own, and what may be better beyond these) to scikit-learn's
 ``evaluate_candidates``, which retrains and scores them. ``cv_results_``, ranks, ``error_score``, multimetric scoring and ``refit`` are scikit-learn's own code.
 """
 
@@ -58,8 +58,8 @@ class HyperTrainingSearchCV(BaseSearchCV):
     One training run of all folds learns the weights *as a function of the hyperparameters*, and the hyperparameters
     descend the validation loss through that function [1]_. For small models a handful of settings, trained in one stacked
     pass, says where to start. The tuned setting, that start, the middle between them and the estimator's own setting are then
-    retrained from scratch and scored on every fold (of small models also the tuned setting with stronger regularisation, and up to four
-    beyond whichever of these is better than it), and the best one is refitted on all the data.
+    retrained from scratch and scored on every fold (of small models that can be stacked also the tuned setting with stronger penalties,
+    and up to four on the line from it through whichever of these is better), and the best one is refitted on all the data.
 
     Parameters
     ----------
@@ -85,9 +85,10 @@ class HyperTrainingSearchCV(BaseSearchCV):
         sizes, such as ``LowRank(rank=20)``.
     start : {"screened", "estimator"}, default="screened"
         Where the hyperparameters start: at the best of a handful of settings that are trained together in one stacked pass
-        first, or at the estimator's own setting; "estimator" verifies that and the tuned setting only. If regularisation leaves nothing but a constant prediction there, "screened" begins
+        first, or at the estimator's own setting. If regularisation leaves nothing but a constant prediction there, "screened" begins
         again, nearer to the middle of the distributions. Screened are small models only, for which that is nearly free, that can be stacked;
         and not with ``evaluate="hypernetwork"``, ``algorithm="global"``, skorch nets or weights of rows.
+        "estimator" verifies that setting and the tuned one only.
     evaluate : {"retrain", "hypernetwork"}, default="retrain"
         How the candidates are scored: by retraining each from scratch on every fold, or (the paper's return value, for
         the tuned setting only) by the weights that the hypernetwork gives, which retrains nothing.

@@ -333,6 +333,10 @@ class Space:
         """Upper bounds of λ, shape (n,)."""
         return self._each(lambda h: h.high)
 
+    def clip(self, lam: Tensor) -> Tensor:
+        """λ (..., n) moved into its box."""
+        return torch.minimum(torch.maximum(lam, self.low), self.high)
+
     def mask(self, holds: Callable[[Hyperparameter], bool]) -> Tensor:
         """Booleans of shape (n,): the coordinates of the hyperparameters for which it holds."""
         return self._each(holds).bool()

@@ -12,7 +12,7 @@ from sklearn.base import clone
 
 from hypertune import MLP
 from hypertune.candidates import distinct, retrain_candidates
-from hypertune.retraining import Retrained
+from hypertune.retraining import Retrained, retrain
 from tests.test_retraining import NET, Keeping
 
 TUNED, START, OWN = torch.tensor([-8.0]), torch.tensor([-7.0]), torch.tensor([-13.0])
@@ -28,53 +28,101 @@ def test_settings_that_hardly_differ_are_verified_once():
 
 @pytest.fixture
 def verified(iris, monkeypatch):
-    """Candidates and stacks of a search whose validation losses are ``loss`` of λ."""
+    """Candidates and sizes of the stacks of a search whose validation losses are ``loss`` of λ (C, n)."""
 
-    def run(loss, high=10.0, net=NET, space=None, lams=(TUNED, START, OWN)):
+    def run(loss, high=10.0, net=NET, space=None, lams=(TUNED, START, OWN), **params):
         space = {"weight_decay": loguniform(1e-6, 1e1)} if space is None else space
         setup = Keeping(clone(net).set_params(max_epochs=1), space, cv=3, random_state=0).fit(*iris).setup
         narrow = tuple(replace(h, high=min(high, h.high)) for h in setup.space.hyperparameters)
-        monkeypatch.setattr(Retrained, "validation_losses", lambda self, folds: loss(self.lam[:, 0]))
         setup = setup._replace(space=replace(setup.space, hyperparameters=narrow))
-        candidates, retrained, (lam, losses) = retrain_candidates(*setup[:4], distinct(*lams))
-        monkeypatch.undo()
-        assert_allclose(losses, loss(lam[:, 0]))
-        assert {tuple(row) for row in lam.tolist()} == {tuple(row) for row in torch.stack(candidates).tolist()}
-        return torch.stack(candidates).squeeze(1).tolist(), [len(r.lam) for r in retrained]
+        with monkeypatch.context() as patch:
+            patch.setattr(Retrained, "validation_losses", lambda self, folds: loss(self.lam).double())
+            candidates, retrained, known = retrain_candidates(*setup[:4], distinct(*lams), **params)
+        if known is not None:
+            assert_allclose(known[1], loss(known[0]))
+        return torch.stack(candidates).squeeze(1).tolist(), [len(r.lam) for r in retrained], known
 
     return run
 
 
-def test_more_regularisation_is_tried_and_what_lies_beyond_it_if_that_is_better(verified):
+FIRST = [-8.0, -7.5, -7.0, -13.0, -6.5]
+
+
+def away(best):
+    return lambda lam: (lam[:, 0] - best).abs()
+
+
+def test_more_regularisation_is_tried_and_more_of_that_if_it_is_better(verified):
     """λ̂ asks for too little where fits are far from converged."""
-    first = [-8.0, -7.5, -7.0, -6.5]
-    assert verified(lambda lam: (lam + 7.8).square()) == ([*first, -13.0], [5])
-    assert verified(lambda lam: (lam + 5.0).square()) == ([*first, -7.25, -5.75, -5.0, -3.5, -13.0], [5, 4])
+    found, stacks, _ = verified(away(-7.8))
+    assert (found, stacks) == (FIRST, [5])
+    found, stacks, _ = verified(away(-5.0))
+    assert (found, stacks) == ([*FIRST, -7.25, -5.75, -5.0, -3.5], [5, 4])
 
 
 @pytest.mark.parametrize(
-    ("best", "beyond"),
+    ("best", "line"),
     [(-7.55, [-7.75, -7.25]), (-7.05, [-6.0, -5.0]), (-13.1, [-10.5, -13.8155])],
     ids=["middle", "start", "own"],
 )
-def test_settings_on_the_line_through_a_better_one_follow(verified, best, beyond):
-    """Not those that are known already or beyond the bounds: -6.5 is, as e^1.5 times the tuned setting."""
-    found, stacks = verified(lambda lam: (lam - best).abs())
-    assert found == pytest.approx([-8.0, -7.5, -7.0, -6.5, *beyond, -13.0], abs=1e-3)
-    assert stacks == [5, len(beyond)]
+def test_settings_on_the_line_through_a_better_one_follow(verified, best, line):
+    """What is beyond the bounds is clipped to them, and what is known already left out."""
+    found, stacks, _ = verified(away(best))
+    assert found == pytest.approx([*FIRST, *line], abs=1e-3)
+    assert stacks == [5, len(line)]
 
 
 def test_bounds_are_kept(verified):
-    assert verified(lambda lam: -lam, high=-6.8)[0] == pytest.approx([-8.0, -7.5, -7.0, -6.8, -7.4, -13.0])
+    found, *_ = verified(lambda lam: -lam[:, 0], high=-6.8)
+    assert found == pytest.approx([-8.0, -7.5, -7.0, -13.0, -6.8, -7.4])
 
 
-def test_a_model_that_costs_time_and_settings_without_a_scale_are_not_tried_stronger(verified):
-    large = clone(NET).set_params(module=MLP(hidden=(256, 256)))  # 3 × 68,000 weights
-    assert verified(lambda lam: lam.abs(), net=large, lams=(TUNED, None, OWN))[1] == [2]
+def test_logarithmic_hyperparameters_alone_are_made_stronger_and_a_line_moves_all(verified):
+    space = {"weight_decay": loguniform(1e-6, 1e1), "module__dropout": uniform(0, 0.5)}
+    lams = torch.tensor([-8.0, 1.0]), None, torch.tensor([-13.0, 2.0])
+    found, *_ = verified(away(-8.0), space=space, lams=lams)
+    assert found == [[-8, 1], [-13, 2], [-6.5, 1]]
+    found, *_ = verified(away(-13.0), space=space, lams=lams)
+    assert_allclose(found[3:], [[-10.5, 1.5], [-13.8155, 2.5], [-13.8155, 3.0], [-13.8155, 4.0]], atol=1e-3)
     rate = torch.tensor([0.5]), None, torch.tensor([2.0])
-    assert verified(lambda lam: -lam, net=large)[1] == [4]  # nor is what lies beyond the best of them
-    assert verified(lambda lam: lam, space={"module__dropout": uniform(0, 0.5)}, lams=rate)[1] == [2]
+    assert verified(lambda lam: lam[:, 0], space={"module__dropout": uniform(0, 0.5)}, lams=rate)[1] == [2]
+
+
+def test_of_models_that_cost_time_nothing_more_is_retrained(verified):
+    large = clone(NET).set_params(module=MLP(hidden=(150, 150)))  # 3 × 23,853 weights
+    assert verified(away(0.0), net=large)[1] == [4]
+    assert verified(away(0.0), net=large.set_params(module=MLP(hidden=(130, 130))))[1][0] == 5  # 3 × 18,073
+
+
+def test_asked_for_no_more_there_is_none(verified):
+    assert verified(away(0.0), more=False)[1] == [4]
+
+
+def test_what_was_added_and_diverged_is_no_candidate(verified):
+    """What was given is: that it fails is for its own fit to say."""
+    found, stacks, (lam, _) = verified(lambda lam: torch.where(lam[:, 0] > -7.0, torch.inf, lam[:, 0].neg()))
+    assert (found, stacks) == ([-8.0, -7.5, -7.0, -13.0], [5, 2])
+    assert lam[:, 0].tolist() == [*FIRST, -6.0, -5.0]
+    found, stacks, _ = verified(lambda lam: torch.full_like(lam[:, 0], torch.inf))
+    assert (found, stacks) == (FIRST[:4], [5])
 
 
 def test_a_tuned_setting_that_is_the_own_is_tried_stronger_too(verified):
-    assert verified(lambda lam: (lam + 13.0).abs(), lams=(OWN, None, OWN.clone())) == ([-13.0, -11.5], [2])
+    assert verified(away(-13.0), lams=(OWN, None, OWN.clone()))[:2] == ([-13.0, -11.5], [2])
+
+
+def test_who_watches_gets_the_same_candidates_and_fits_them_all(verified):
+    quiet, loud = (verified(away(-5.0), watched=watched) for watched in (False, True))
+    assert quiet[0] == loud[0]
+    assert loud[1] == []
+    assert loud[2] is not None
+    assert verified(away(-5.0), watched=True, more=False)[1:] == ([], None)  # nothing would be asked of them
+
+
+def test_both_passes_begin_with_the_same_weights_and_minibatches(iris):
+    """Under an estimator without a seed, too."""
+    net = clone(NET).set_params(max_epochs=1, random_state=None)
+    found = Keeping(net, {"weight_decay": loguniform(1e-6, 1e1)}, cv=3, random_state=0).fit(*iris).setup
+    one, other = (retrain(*found[:4], OWN[None]) for _ in range(2))
+    assert not torch.equal(one.weights, other.weights)
+    assert torch.equal(one.weights, retrain(*found[:4], OWN[None], seed=one.seed).weights)

@@ -24,7 +24,7 @@ def test_a_handful_of_settings_is_screened_and_the_best_is_start_and_candidate(b
     net = clone(NET).set_params(max_epochs=40, lr=1e-2, input_noise=0.0)
     space = {"weight_decay": loguniform(1e-6, 1e1), "module__dropout": uniform(0, 0.8)}
     found = search(net, space, start="screened", scoring="neg_log_loss", hyper_lr=5e-4).fit(X, y)
-    tuned, middle, best, *_, current = found.cv_results_["params"]
+    tuned, middle, best, current, *_ = found.cv_results_["params"]
     assert current == {"weight_decay": pytest.approx(1e-6), "module__dropout": 0.1}
     low, high = loguniform(1e-6, 1e1).ppf([0.4, 0.7])
     assert low <= best["weight_decay"] <= high
@@ -33,7 +33,7 @@ def test_a_handful_of_settings_is_screened_and_the_best_is_start_and_candidate(b
         assert tuned[name] == pytest.approx(best[name], rel=5e-2)
         assert middle[name] == pytest.approx(best[name], rel=5e-2)
     scores = found.cv_results_["mean_test_score"]
-    assert scores[2] > scores[-1]
+    assert scores[2] > scores[3]
     assert used.count(True) == 3 * len(scores)
 
 
@@ -103,15 +103,26 @@ def test_mid_sized_ones_are_screened_on_as_many_folds_as_are_cheap(iris, monkeyp
     assert seen == [4, 7]  # the screening, the candidates
 
 
-def test_a_verbose_net_is_screened_and_verified_like_another(iris, used, capsys):
-    space = {"weight_decay": loguniform(1e-6, 1e1)}
-    quiet, loud = (
-        search(clone(NET).set_params(verbose=v, max_epochs=3), space, start="screened").fit(*iris) for v in (0, 1)
-    )
+@pytest.mark.parametrize("watch", ["verbose", "net", "search"])
+def test_a_watched_search_is_screened_and_verified_like_another(iris, used, capsys, watch):
+    if watch != "verbose" and not hasattr(TorchRegressor, "set_callbacks"):
+        pytest.skip("scikit-learn before 1.9 has no callbacks")
+    net, space = clone(NET).set_params(max_epochs=3), {"weight_decay": loguniform(1e-6, 1e1)}
+    quiet = search(net, space, start="screened").fit(*iris)
+    assert used.count(True) == 3 * len(quiet.cv_results_["params"])
+    assert len(quiet.cv_results_["params"]) > 4
+    used.clear()
+    if watch == "verbose":
+        net.set_params(verbose=1)
+    loud = search(net, space, start="screened")
+    if watch != "verbose":
+        from sklearn.callback.tests._utils import RecordingCallback
+
+        (net if watch == "net" else loud).set_callbacks(RecordingCallback())
+    loud.fit(*iris)
     assert quiet.best_params_ == loud.best_params_
     assert quiet.cv_results_["params"] == loud.cv_results_["params"]
-    assert used.count(True) == 3 * len(quiet.cv_results_["params"])  # each fit of the loud one is seen to happen
-    assert len(quiet.cv_results_["params"]) > 4
+    assert not any(used)  # each fit is seen to happen
 
 
 @pytest.mark.slow
