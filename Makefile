@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
+WORKERS ?= 2
 
 .PHONY: demo test test-fast test-oldest lint clean
 
@@ -16,16 +17,16 @@ demo: $(VENV)/.installed  ## Tune an MLP on digits, next to TPE and random searc
 	$(BIN)/python -m benchmarks digits
 
 test: $(VENV)/.installed lint  ## Everything
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS)
 
 test-fast: $(VENV)/.installed  ## Under 90 seconds
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
 
 test-oldest:  ## Everything, on the oldest supported versions (tests/oldest.txt), in a .venv of its own
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/pip install --quiet "$(TORCH)"
 	$(VENV)-oldest/bin/pip install --quiet --constraint tests/oldest.txt --editable ".[test]"
-	$(VENV)-oldest/bin/python -m pytest
+	$(VENV)-oldest/bin/python -m pytest -n $(WORKERS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
