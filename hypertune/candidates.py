@@ -18,6 +18,7 @@ from hypertune.space import Space
 _NOTICEABLE = 0.01  # units of λ
 _SMALL = 60_000  # weights of a setting's models on all folds: one more in the stack costs 3 to 10% of a search
 _STRONGER = 1.5  # units of λ: 4.5 times each weight decay
+_WORTHWHILE = 0.02  # of the tuned setting's loss: so much better must another be to be followed
 _ON_THE_LINE = (0.5, 1.5, 2.0, 3.0)  # times as far from the tuned setting as the best one
 
 
@@ -41,7 +42,7 @@ def retrain_candidates(
     """Retrain what :func:`distinct` gave, if that can be stacked, and with ``more``, if the models are small, what may be better.
 
     That is the tuned setting with all logarithmic hyperparameters e^1.5 times as large, which for penalties is stronger. And
-    where the tuned setting is not the best of all, in a second stacked pass, settings on the line from it through the one that is.
+    where one of all these is better than the tuned setting by 2%, in a second stacked pass, settings on the line from it through the best.
 
     Returns
     -------
@@ -64,7 +65,8 @@ def retrain_candidates(
         return candidates, [], None
     retrained, losses = [first], first.validation_losses(folds)
     towards = first.lam[losses.argmin()] - tuned
-    if more and (line := _new([space.clip(tuned + times * towards) for times in _ON_THE_LINE], tried)):
+    line = _new([space.clip(tuned + times * towards) for times in _ON_THE_LINE], tried)
+    if more and line and losses[0] - losses.min() > _WORTHWHILE * losses[0].abs():
         second = retrain(space, prefix, folds, objective, torch.stack(line), seed=first.seed)
         assert second is not None  # the first could be
         tried, retrained = [*tried, *line], [first, second]
