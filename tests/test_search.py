@@ -77,16 +77,17 @@ def test_scikit_learns_own_checks(estimator, check):
 
 _CHECKED = {"dtype": "float64", "lr": 1e-2, "max_epochs": 40, "random_state": 0}
 _SEARCHED = {"cv": 2, "error_score": "raise", "random_state": 0}
+_RANGE = FloatDistribution(1e-6, 1e-1, log=True)  # its repr is a name that every process of the tests gives it
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 @parametrize_with_checks([
-    HyperTrainingSearchCV(TorchClassifier(**_CHECKED), {"weight_decay": loguniform(1e-6, 1e-1)}, **_SEARCHED),
-    HyperTrainingSearchCV(TorchRegressor(**_CHECKED), {"weight_decay": loguniform(1e-6, 1e-1)}, **_SEARCHED),
+    HyperTrainingSearchCV(TorchClassifier(**_CHECKED), {"weight_decay": _RANGE}, **_SEARCHED),
+    HyperTrainingSearchCV(TorchRegressor(**_CHECKED), {"weight_decay": _RANGE}, **_SEARCHED),
     HyperTrainingSearchCV(
         Pipeline([("scale", StandardScaler()), ("net", TorchClassifier(**_CHECKED))]),
-        {"net__weight_decay": loguniform(1e-6, 1e-1)}, **_SEARCHED,
+        {"net__weight_decay": _RANGE}, **_SEARCHED,
     ),
 ])  # fmt: skip
 def test_scikit_learns_own_checks_with_a_torch_estimator(estimator, check):
