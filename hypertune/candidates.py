@@ -51,7 +51,7 @@ def retrain_candidates(
     retrained : list of Retrained
         Empty if they cannot be stacked, or if each fit is ``watched``: someone wants to see it happen.
     verified : tuple of Tensor of shape (C, n) and Tensor of shape (C,), or None
-        λ of all that were retrained, and their validation losses, mean over folds.
+        λ of what was given, and the validation losses, mean over folds.
     """
     more = more and objective.D * len(folds) <= _SMALL
     if watched and not more:
@@ -72,7 +72,8 @@ def retrain_candidates(
         tried, retrained = [*tried, *line], [first, second]
         losses = torch.cat([losses, second.validation_losses(folds)])
     added = [lam for lam, loss in zip(tried[given:], losses[given:], strict=True) if loss.isfinite()]
-    return [*candidates, *added], [] if watched else retrained, (torch.stack(tried), losses)
+    # Those that were added say less of how far a response is off: they were chosen by their losses, and lie on one line.
+    return [*candidates, *added], [] if watched else retrained, (torch.stack(candidates), losses[:given])
 
 
 def _new(new: list[Tensor], known: list[Tensor]) -> list[Tensor]:
