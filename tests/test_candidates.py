@@ -15,7 +15,7 @@ from hypertune.candidates import distinct, retrain_candidates
 from hypertune.retraining import Retrained, retrain
 from tests.test_retraining import NET, Keeping
 
-TUNED, START, OWN = torch.tensor([-8.0]), torch.tensor([-7.0]), torch.tensor([-13.0])
+TUNED, START, OWN = torch.tensor([[-8.0], [-7.0], [-13.0]], dtype=torch.float64)
 
 
 def test_settings_that_hardly_differ_are_verified_once():
