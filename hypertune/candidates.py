@@ -58,28 +58,27 @@ def retrain_candidates(
         return candidates, [], None
     tuned, given, tried = candidates[0], len(candidates), candidates
     if more:
-        log = space.mask(lambda h: h.coordinate == "log")
-        tried = [*tried, *_new([space.clip(tuned + _STRONGER * log)], tried)]
+        tried = [*tried, *_new([space.clip(tuned + _STRONGER * space.log)], tried)]
     first = retrain(space, prefix, folds, objective, torch.stack(tried))
     if first is None:
         return candidates, [], None
     retrained, losses = [first], first.validation_losses(folds)
-    towards = first.lam[losses.argmin()] - tuned
-    line = _new([space.clip(tuned + times * towards) for times in _ON_THE_LINE], tried)
-    if more and line and losses[0] - losses.min() > _WORTHWHILE * losses[0].abs():
-        second = retrain(space, prefix, folds, objective, torch.stack(line), seed=first.seed)
-        assert second is not None  # the first could be
-        tried, retrained = [*tried, *line], [first, second]
-        losses = torch.cat([losses, second.validation_losses(folds)])
+    if more and losses[0] - losses.min() > _WORTHWHILE * losses[0].abs():
+        towards = first.lam[losses.argmin()] - tuned
+        if line := _new([space.clip(tuned + times * towards) for times in _ON_THE_LINE], tried):
+            second = retrain(space, prefix, folds, objective, torch.stack(line), seed=first.seed)
+            assert second is not None  # the first could be
+            tried, retrained = [*tried, *line], [first, second]
+            losses = torch.cat([losses, second.validation_losses(folds)])
     added = [lam for lam, loss in zip(tried[given:], losses[given:], strict=True) if loss.isfinite()]
     # Those that were added say less of how far a response is off: they were chosen by their losses, and lie on one line.
     return [*candidates, *added], [] if watched else retrained, (torch.stack(candidates), losses[:given])
 
 
-def _new(new: list[Tensor], known: list[Tensor]) -> list[Tensor]:
-    """Those of ``new`` that differ noticeably from all of ``known`` and from one another."""
+def _new(settings: list[Tensor], known: list[Tensor]) -> list[Tensor]:
+    """Those of ``settings`` that differ noticeably from all of ``known`` and from one another."""
     kept: list[Tensor] = []
-    for lam in new:
+    for lam in settings:
         if all((lam - other).abs().max() > _NOTICEABLE for other in [*known, *kept]):
             kept.append(lam)
     return kept

@@ -119,4 +119,4 @@ def _distribution(h: Hyperparameter, value: float) -> FloatDistribution:
         ends = h.prior.ppf([_TAIL, 1 - _TAIL])
         low = low if math.isfinite(low) else min(float(ends[0]), value)
         high = high if math.isfinite(high) else max(float(ends[1]), value)
-    return FloatDistribution(low, high, log=h.coordinate == "log" and low > 0)
+    return FloatDistribution(low, high, log=h.has_log_axis and low > 0)

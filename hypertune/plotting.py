@@ -5,6 +5,7 @@ Needs Matplotlib: ``pip install "hypertune[plot]"``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -16,6 +17,7 @@ from hypertune.response import BestResponse
 from hypertune.search import HyperTrainingSearchCV
 
 _POINTS = 41
+_LINES = 100
 _WITH_BAND, _WITHOUT = 4.0, 1.0  # units of λ either side of the tuned setting
 
 
@@ -101,12 +103,12 @@ class ResponseDisplay:
             losses=losses,
             band=band,
             tuned=tuned,
-            log=h.coordinate == "log",
+            log=h.has_log_axis,
         )
         return found.plot(ax=ax)
 
     def plot(self, *, ax: Any = None) -> Self:
-        """Draw into ``ax``, or into a new figure."""
+        """Draw into ``ax``, or into a new figure, as :meth:`from_search` does."""
         ax = _axes(1)[0] if ax is None else ax
         for losses in self.losses.T if self.losses.shape[1] > 1 else ():
             ax.plot(self.values, losses, color="C0", linewidth=0.7, alpha=0.4)
@@ -148,14 +150,28 @@ class PathDisplay:
 
     @classmethod
     def from_search(cls, search: HyperTrainingSearchCV, *, axes: Any = None) -> Self:
-        """Draw a fitted search into ``axes``, one more than there are hyperparameters, or into a new figure."""
+        """Draw a fitted search.
+
+        Parameters
+        ----------
+        search : HyperTrainingSearchCV
+            Fitted.
+        axes : array of matplotlib.axes.Axes, optional
+            One more than there are hyperparameters; None means a new figure. Of a hyperparameter with many values a hundred are
+            drawn.
+
+        Raises
+        ------
+        ValueError
+            For another number of axes.
+        """
         check_is_fitted(search, "history_")
         response: BestResponse = search.best_response_
-        log = {h.name: h.coordinate == "log" for h in response.space.hyperparameters}
+        log = {h.name: h.has_log_axis for h in response.space.hyperparameters}
         return cls(history=search.history_, log=log).plot(axes=axes)
 
     def plot(self, *, axes: Any = None) -> Self:
-        """Draw into ``axes``, or into a new figure."""
+        """Draw into ``axes``, or into a new figure, as :meth:`from_search` does."""
         axes = _axes(1 + len(self.log)) if axes is None else list(np.ravel(axes))
         if len(axes) != 1 + len(self.log):
             raise ValueError(f"axes must be {1 + len(self.log)}: for the losses and {list(self.log)}; got {len(axes)}.")
@@ -165,8 +181,10 @@ class PathDisplay:
         axes[0].set(xlabel="epoch", ylabel="loss")
         axes[0].legend()
         for ax, (name, log) in zip(axes[1:], self.log.items(), strict=True):
-            many = np.ndim(self.history[name]) > 1
-            ax.plot(epoch, self.history[name], color="C0", linewidth=0.7 if many else 1.5, alpha=0.5 if many else 1.0)
+            path = self.history[name].reshape(len(epoch), -1)
+            path = path[:, :: math.ceil(path.shape[1] / _LINES)]
+            many = path.shape[1] > 1
+            ax.plot(epoch, path, color="C0", linewidth=0.7 if many else 1.5, alpha=0.5 if many else 1.0)
             ax.set(xlabel="epoch", ylabel=name, yscale="log" if log else "linear")
             if log:  # at least a factor of e: what moved by less did not move
                 low, high = ax.get_ylim()

@@ -164,6 +164,11 @@ class Hyperparameter:
         )
 
     @property
+    def has_log_axis(self) -> bool:
+        """Whether one unit of λ is a factor of e in the value itself (and not in its distance to a lower bound)."""
+        return self.coordinate == "log" and self.offset == 0.0
+
+    @property
     def size(self) -> int:
         """How many coordinates of λ it has."""
         if self.shape is None:
@@ -332,6 +337,11 @@ class Space:
     def high(self) -> Tensor:
         """Upper bounds of λ, shape (n,)."""
         return self._each(lambda h: h.high)
+
+    @property
+    def log(self) -> Tensor:
+        """Booleans of shape (n,): the coordinates that are logarithms."""
+        return self.mask(lambda h: h.coordinate == "log")
 
     def clip(self, lam: Tensor) -> Tensor:
         """λ (..., n) moved into its box."""

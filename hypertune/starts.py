@@ -38,7 +38,7 @@ def screen(space: Space, prefix: str, folds: list[Fold], objective: Objective, c
     others is good may not be. But what overfits late looks good so early: where ``current`` is best, the strongest of the line that
     is nearly as good is taken. If the best is inside the line, λ̂ starts at the vertex of the parabola through it and its neighbours.
     """
-    log = torch.cat([torch.full((h.size,), h.coordinate == "log") for h in space.hyperparameters])
+    log = space.log
     line = space.quantile(np.array(_LINE)[:, None].repeat(space.n, axis=1)) if log.any() else current.repeat(0, 1)
     quarter = space.quantile(np.full((1, space.n), 0.25))
     as_they_are = torch.where(log, line, current)
@@ -72,13 +72,9 @@ def out_of_corners(space: Space, current: Tensor) -> Tensor:
     Far down on a logarithmic axis the loss is flat, and a gradient does not lead out of there: such a hyperparameter starts
     at a third of the way up its distribution.
     """
-    start = current.clone()
     third = space.quantile(np.full((1, space.n), _THIRD))[0]
-    for h, block in zip(space.hyperparameters, space.blocks.values(), strict=True):
-        if h.coordinate == "log":
-            at_bound = (current[block] == h.low) | (current[block] == h.high)
-            start[block] = torch.where(at_bound, third[block], current[block])
-    return start
+    at_bound = (current == space.low) | (current == space.high)
+    return torch.where(space.log & at_bound, third, current)
 
 
 def restarts(space: Space, constant: Tensor) -> Iterator[Tensor]:
@@ -87,7 +83,6 @@ def restarts(space: Space, constant: Tensor) -> Iterator[Tensor]:
     Logarithmic hyperparameters begin half way between there and a third of the way up their distributions, and again half way.
     """
     third = space.quantile(np.full((1, space.n), _THIRD))[0]
-    log = space.mask(lambda h: h.coordinate == "log")
-    for _ in range(_RESTARTS if log.any() else 0):
-        constant = torch.where(log, (constant + third) / 2, constant)
+    for _ in range(_RESTARTS if space.log.any() else 0):
+        constant = torch.where(space.log, (constant + third) / 2, constant)
         yield constant

@@ -121,10 +121,13 @@ def test_who_watches_gets_the_same_candidates_and_fits_them_all(verified):
     assert verified(away(-5.0), watched=True, more=False)[1:] == ([], None)  # nothing would be asked of them
 
 
-def test_both_passes_begin_with_the_same_weights_and_minibatches(iris):
+def test_both_passes_begin_with_the_same_weights_and_minibatches(iris, monkeypatch):
     """Under an estimator without a seed, too."""
     net = clone(NET).set_params(max_epochs=1, random_state=None)
-    found = Keeping(net, {"weight_decay": loguniform(1e-6, 1e1)}, cv=3, random_state=0).fit(*iris).setup
-    one, other = (retrain(*found[:4], OWN[None]) for _ in range(2))
+    setup = Keeping(net, {"weight_decay": loguniform(1e-6, 1e1)}, cv=3, random_state=0).fit(*iris).setup
+    one, other = (retrain(*setup[:4], OWN[None]) for _ in range(2))
     assert not torch.equal(one.weights, other.weights)
-    assert torch.equal(one.weights, retrain(*found[:4], OWN[None], seed=one.seed).weights)
+    assert torch.equal(one.weights, retrain(*setup[:4], OWN[None], seed=one.seed).weights)
+    monkeypatch.setattr(Retrained, "validation_losses", lambda self, folds: away(-5.0)(self.lam))
+    first, second = retrain_candidates(*setup[:4], distinct(TUNED, START, OWN))[1]
+    assert first.seed == second.seed

@@ -43,6 +43,11 @@ def test_every_public_name_has_a_valid_numpydoc_docstring():
         "MLP",
         "BestResponse",
         "check_hypergradient",
+        "optuna.to_study",
+        "plotting.PathDisplay",
+        "plotting.PathDisplay.from_search",
+        "plotting.ResponseDisplay",
+        "plotting.ResponseDisplay.from_search",
     ):
         errors = {code for code, _ in validate(f"hypertune.{name}")["errors"]}
         assert not errors & {"GL08", "SS01", "PR01", "PR02", "PR03", "PR04"}, (name, errors)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import optuna
 import pytest
-from scipy.stats import loguniform, norm, uniform
+from scipy.stats import expon, lognorm, loguniform, norm, uniform
 from sklearn.exceptions import NotFittedError
 from torch import nn
 
@@ -75,6 +75,16 @@ def test_unbounded_ranges_end_in_their_tails(iris):
     distribution = trial.distributions["module__shift"]
     assert distribution.low < -3 < 3 < distribution.high
     assert not distribution.log
+
+
+@pytest.mark.parametrize(("prior", "log"), [(lognorm(1), False), (expon(loc=0.5), False), (loguniform(0.5, 2), True)])
+def test_an_axis_is_logarithmic_where_a_factor_in_the_value_is_a_step(iris, prior, log):
+    """Not where it is one in the distance to a lower bound."""
+    fitted = search({"weight_decay": prior}).fit(*iris)
+    distribution = to_study(fitted).trials[0].distributions["weight_decay"]
+    assert distribution.log == log
+    assert distribution.low == prior.support()[0]
+    assert fitted.best_response_.space.hyperparameters[0].has_log_axis == (prior.support()[0] == 0 or log)
 
 
 def test_a_failed_candidate_is_a_failed_trial(fitted, monkeypatch):

@@ -73,6 +73,7 @@ def test_without_a_band_it_stays_near(iris):
 
 def test_the_path_of_each_hyperparameter_and_the_losses(fitted):
     drawn = PathDisplay.from_search(fitted)
+    drawn.history = dict(drawn.history)
     losses, decay, rate, l1 = drawn.axes_
     assert_allclose(losses.lines[1].get_ydata(), fitted.history_["validation_loss"])
     assert_allclose(decay.lines[0].get_ydata(), fitted.history_["weight_decay"])
@@ -81,6 +82,8 @@ def test_the_path_of_each_hyperparameter_and_the_losses(fitted):
         low, high = ax.get_ylim()
         assert high / low >= np.e * 0.999
     assert len(l1.lines) == fitted.history_["l1"].shape[1] == 7
+    drawn.history["l1"] = np.ones((len(drawn.history["epoch"]), 1_000_000))
+    assert len(drawn.plot().axes_[3].lines) == 100
     _, axes = plt.subplots(2, 2)
     assert PathDisplay.from_search(fitted, axes=axes).axes_[3] is axes[1, 1]
 
