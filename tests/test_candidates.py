@@ -58,6 +58,7 @@ def test_more_regularisation_is_tried_and_more_of_that_if_it_is_better(verified)
     assert (found, stacks) == (FIRST, [5])
     assert verified(lambda lam: 10 + away(-6.51)(lam) / 10)[1] == [5]  # better by less than 2%: not worth another pass
     assert verified(lambda lam: -4 + away(-6.51)(lam) / 10)[1] == [5, 4]  # by more, and negative
+    assert verified(lambda lam: -10 + away(-6.51)(lam) / 10)[1] == [5]
     found, stacks, _ = verified(away(-5.0))
     assert (found, stacks) == ([*FIRST, -7.25, -5.75, -5.0, -3.5], [5, 4])
 
