@@ -92,9 +92,8 @@ class ResponseDisplay:
         has_band = response.sigma is not None and response.verified is not None
         if values is None:
             reach = _WITH_BAND if has_band else _WITHOUT
-            lam = float(h.encode(tuned)[0]) + np.linspace(-reach, reach, _POINTS)
-            lam = np.unique(lam.clip(h.low, h.high))
-            values = [h.arrange(h.decode(torch.tensor([one], dtype=torch.float64)).numpy()) for one in lam.tolist()]
+            lam = torch.from_numpy(h.encode(tuned) + np.linspace(-reach, reach, _POINTS))
+            values = [h.arrange(value) for value in np.unique(h.decode(lam).numpy())[:, None]]  # those at a bound once
         losses = response.validation_curve(name, values)
         band = response.validation_band(name, values, coverage=coverage) if has_band else None
         found = cls(

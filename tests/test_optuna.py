@@ -75,6 +75,13 @@ def test_unbounded_ranges_end_in_their_tails(iris):
     distribution = trial.distributions["module__shift"]
     assert distribution.low < -3 < 3 < distribution.high
     assert not distribution.log
+    for own in (-10.0, 10.0):  # beyond the tails, with the estimator's own value
+        found = search({"module__shift": norm(0, 1)}).set_params(
+            estimator__module=Shifted, estimator__module__shift=own
+        )
+        trials = [t for t in to_study(found.fit(*iris)).trials if t.params["module__shift"] == pytest.approx(own)]
+        reach = trials[0].distributions["module__shift"]
+        assert own == pytest.approx(reach.low if own < 0 else reach.high)
 
 
 @pytest.mark.parametrize(("prior", "log"), [(lognorm(1), False), (expon(loc=0.5), False), (loguniform(0.5, 2), True)])

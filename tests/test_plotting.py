@@ -53,6 +53,7 @@ def test_the_response_is_drawn_with_its_band_around_the_tuned_value(fitted):
     assert (drawn.ax_.get_xscale(), drawn.ax_.get_xlabel()) == ("log", "weight_decay")
     assert drawn.figure_ is drawn.ax_.figure
     rate = ResponseDisplay.from_search(fitted, "module__dropout", coverage=0.5)
+    assert len(np.unique(rate.values)) == len(rate.values) < len(drawn.values)  # a bound is looked at once
     assert rate.ax_.get_xscale() == "linear"
     assert_allclose(rate.band, response.validation_band("module__dropout", rate.values, coverage=0.5))
 
@@ -63,6 +64,10 @@ def test_it_is_drawn_where_one_says(fitted):
     assert drawn.ax_ is ax
     assert drawn.values.tolist() == [1e-3, 1e-2]
     assert drawn.losses.shape == (2, 3)
+    far = ResponseDisplay.from_search(fitted, "weight_decay", values=[1e-6, 1e-3, drawn.tuned, 1e1])
+    assert not np.isfinite(far.band).all()  # it ends four units away, and is drawn as far as it goes
+    (band,) = far.ax_.collections
+    assert np.isfinite(band.get_paths()[0].vertices).all()
 
 
 def test_without_a_band_it_stays_near(iris):

@@ -13,7 +13,7 @@ from hypertune import MLP, TorchRegressor
 from hypertune.response import Fold
 from hypertune.retraining import Retrained, retrain
 from hypertune.space import Space
-from hypertune.starts import restarts, screen
+from hypertune.starts import out_of_corners, restarts, screen
 from hypertune.training import hyper_train, stack
 from tests.test_retraining import NET, search
 
@@ -86,6 +86,15 @@ def test_what_overfits_late_is_not_started_from_because_it_looks_good_early(iris
     )
     start = screen(space, "", folds, objective, space.encode({"weight_decay": 1e-6, "input_noise": 0.1}))
     assert torch.equal(start, screened[0][chosen])
+
+
+def test_a_start_at_either_bound_of_a_logarithmic_range_is_moved_a_third_of_the_way_up():
+    space = Space.from_distributions({"weight_decay": loguniform(1e-6, 1e0), "module__dropout": uniform(0, 0.8)})
+    for value, rate in ((1e-6, 0.0), (1e0, 0.8)):
+        moved = space.decode(out_of_corners(space, space.encode({"weight_decay": value, "module__dropout": rate})))
+        assert moved == pytest.approx({"weight_decay": 1e-4, "module__dropout": rate})
+    inside = space.encode({"weight_decay": 1e-3, "module__dropout": 0.1})
+    assert torch.equal(out_of_corners(space, inside), inside)
 
 
 def test_large_models_are_not_screened(iris):
