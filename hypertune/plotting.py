@@ -113,10 +113,7 @@ class ResponseDisplay:
             ax.plot(self.values, losses, color="C0", linewidth=0.7, alpha=0.4)
         ax.plot(self.values, self.losses.mean(axis=1), color="C0", label="response, mean over folds")
         if self.band is not None:
-            inside = np.isfinite(self.band).all(axis=1)
-            ax.fill_between(
-                self.values[inside], *self.band[inside].T, color="C0", alpha=0.15, label="where retraining puts it"
-            )
+            ax.fill_between(self.values, *self.band.T, color="C0", alpha=0.15, label="where retraining puts it")
         ax.axvline(self.tuned, color="C1", linestyle="--", label="tuned")
         ax.set(xlabel=self.name, ylabel="validation loss", xscale="log" if self.log else "linear")
         ax.legend()
