@@ -81,7 +81,7 @@ class ModelFactory:
     Made by :func:`model_factory`. Works with scikit-learn's ``get_params``, ``set_params`` and ``clone``.
     """
 
-    def __init__(self, function: Callable[..., nn.Module], **params: Any):
+    def __init__(self, function: Callable[..., nn.Module], /, **params: Any):
         defaults = _keyword_defaults(function)
         if unknown := sorted(set(params) - set(defaults)):
             raise TypeError(f"{_name(function)} has no keyword {unknown}; it has {sorted(defaults)}.")
@@ -125,7 +125,7 @@ class ModelFactory:
         return _from_function, (self.function, self._params)
 
 
-def model_factory(function: Callable[..., nn.Module], **params: Any) -> ModelFactory:
+def model_factory(function: Callable[..., nn.Module], /, **params: Any) -> ModelFactory:
     """Turn a function or class into a model factory whose keywords are ``module__…`` parameters.
 
     Parameters

@@ -93,8 +93,9 @@ def _fold(
     own, earlier = _params_of(estimator, X, fit_params, train)
     preprocess = None
     if isinstance(estimator, Pipeline) and len(estimator.steps) > 1:
-        # The identity at its end counts as fitted, whatever the user's last transformer says of itself.
-        preprocess = clone(Pipeline([*estimator.steps[:-1], ("identity", FunctionTransformer())]))
+        # The identity in the net's place counts as fitted, whatever the user's last transformer says of itself.
+        *steps, (last, _) = estimator.steps
+        preprocess = clone(Pipeline([*steps, (last, FunctionTransformer())]))
         X_train = preprocess.fit_transform(X_train, y_train, **earlier)
         X_valid = preprocess.transform(X_valid)
     net, weight = clone(net_of(estimator)), own.get("sample_weight")

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 Value = float | Tensor
 
+_CALLS_APART = 2**20  # seeds of a layer that is called more than once; there are not so many layers
+
 
 def is_zero(value: Value) -> bool:
     """Whether a hyperparameter is switched off for good: a plain 0, not a tensor that happens to be 0."""
@@ -30,13 +32,14 @@ class TensorDropout(nn.Module):
     """``nn.Dropout`` (or 1d/2d/3d) with a rate that may be a tensor, in place of it in our copy of the module.
 
     The uniform noise is compared with the rate, so models that share the noise and differ in the rate differ only
-    where the rates do: the common random numbers of the antithetic pairs.
+    where the rates do: the common random numbers of the antithetic pairs. It comes from ``seed``, the next call's from another.
     """
 
     def __init__(self, p: Value, channelwise: bool):
         super().__init__()
         self.p = p
         self.channelwise = channelwise
+        self.seed = 0
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or is_zero(self.p):
@@ -53,7 +56,9 @@ class TensorDropout(nn.Module):
 
     def _noise(self, x: Tensor) -> Tensor:
         cells = (*x.shape[:2], *(1,) * (x.dim() - 2)) if self.channelwise else x.shape
-        return torch.rand(cells, dtype=x.dtype, device=x.device)
+        generator = torch.Generator(x.device).manual_seed(self.seed)
+        self.seed += _CALLS_APART
+        return torch.rand(cells, dtype=x.dtype, device=x.device, generator=generator)
 
 
 _ELEMENTWISE = (

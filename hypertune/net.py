@@ -9,7 +9,8 @@ import copy
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any, ClassVar, Protocol, Self
 
@@ -106,6 +107,13 @@ class Net(Protocol):
         """A fitted estimator around a trained module."""
 
 
+@contextmanager
+def gradients() -> Iterator[None]:
+    """Record gradients inside, or in what this decorates, whatever mode the caller is in: ``torch.no_grad``, ``inference_mode``."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
 class TorchEstimator(CallbackSupportMixin, BaseEstimator):
     """What the two estimators share. The parameters are described there."""
 
@@ -154,6 +162,7 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
     _known: Sequence[Any] = ()
     _row_numbers: dict[str, np.ndarray] | None = None
 
+    @gradients()
     @with_callbacks
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
         """Train from scratch.
@@ -299,8 +308,16 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
 
     def _note_rows(self, X: Any, y: Any, number: np.ndarray) -> None:
         """Remember, for this estimator and its clones, which rows of the whole data these are."""
-        if self._row_numbers is not None:
-            self._row_numbers[fingerprint(*self._validated(X, y))] = number
+        if self._row_numbers is None:
+            return
+        known, weight = self._row_numbers.setdefault(fingerprint(*self._validated(X, y)), number), self.sample_weight
+        if not np.array_equal(known, number) and (
+            weight is None or not np.array_equal(np.asarray(weight)[known], np.asarray(weight)[number])
+        ):
+            raise ValueError(
+                "Two folds train on equal rows, whose weights in the parameter sample_weight are not equal, and a fit of one fold "
+                "cannot tell which are its own. Leave out repeated rows, or pass sample_weight to fit: it is split with the rows."
+            )
 
     def _validated(self, X: Any, y: Any, reset: bool = True) -> tuple[np.ndarray, np.ndarray]:
         X, y = validate_data(self, X, y, accept_sparse="csr", reset=reset, **self._checks)
@@ -467,7 +484,12 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         """A private copy as a tensor of the estimator's dtype on its device."""
-        contiguous = np.array(array, dtype=np.dtype(self.dtype), order="C")
+        with np.errstate(over="ignore"):
+            contiguous = np.array(array, dtype=np.dtype(self.dtype), order="C")
+        if array.dtype != contiguous.dtype and not np.isfinite(contiguous).all():
+            raise ValueError(
+                f"The data contain a value too large for {self.dtype}. Scale them, or set dtype='float64'."
+            )
         return torch.from_numpy(contiguous).to(self.device)
 
     def _outputs(self, X: Any) -> np.ndarray:

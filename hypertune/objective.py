@@ -37,7 +37,7 @@ from torch.func import functional_call, vmap
 
 from hypertune.batches import Batch
 from hypertune.losses import CustomLoss, Loss
-from hypertune.modules import Reach, Value, is_zero, plain_layers, run_layers, with_tensor_dropout
+from hypertune.modules import Reach, TensorDropout, Value, is_zero, plain_layers, run_layers, with_tensor_dropout
 from hypertune.randomness import rng_state, set_rng_state
 
 # Hyperparameters of the loss itself, with the interval in which each has a meaning.
@@ -49,6 +49,7 @@ LOSS_HYPERPARAMETERS: dict[str, tuple[float, float]] = {
     "mixup": (0.0, 1.0),
     "sample_weight": (0.0, math.inf),
 }
+_AUGMENT, _NOISE, _MIXUP, _DROPOUT = range(4)  # numbers of streams of random numbers; dropout's are that and all beyond
 NO_NOISE = (
     "reaches nothing: all columns of inputs hold whole numbers, which are taken for codes. Scale those that are not."
 )
@@ -155,6 +156,8 @@ class Objective:
         self.has_statistics = bool(list(module.buffers()))
         self._modules = {training: with_tensor_dropout(module).train(training) for training in (True, False)}
         self._layers = {training: plain_layers(copy) for training, copy in self._modules.items()}
+        self._dropouts = [sub for sub in self._modules[True].modules() if isinstance(sub, TensorDropout)]
+        self._seed = 0
         parameters = {k: p for k, p in module.named_parameters() if p.requires_grad}
         self._shapes = {k: p.shape for k, p in parameters.items()}
         self._sizes = [p.numel() for p in parameters.values()]
@@ -317,19 +320,24 @@ class Objective:
         """
         values = {**self.fixed, **values}
         x, smoothing, mixup = batch.x, values.get("label_smoothing", 0.0), values.get("mixup", 0.0)
+        # Each use of random numbers has a stream of its own: whether one of them is switched off changes no other's.
+        self._seed = int(torch.randint(2**31, ()))
+        like: dict[str, Any] = {"dtype": x.dtype, "device": x.device}
         if self.augment is not None:
             x = self._augmented(x, _keywords("augment__", values))
         noise = values.get("input_noise", 0.0)
         if not is_zero(noise):
             # One draw for all models: common random numbers.
-            x = x + _rowwise(noise, x) * self._noisy * torch.randn(x.shape[1:], dtype=x.dtype, device=x.device)
+            drawn = torch.randn(x.shape[1:], generator=self._stream(_NOISE, x.device), **like)
+            x = x + _rowwise(noise, x) * self._noisy * drawn
         named = self.named(w)
         forward = partial(self._outputs, named, values=values, training=True, keep=keep_statistics)
         if is_zero(mixup):
             loss = self._mean_loss(forward(x), batch, smoothing)
         else:  # Zhang et al. (2018), with a uniform share instead of a Beta: 0 is none, and neighbours share the draw
-            other = torch.randperm(x.shape[1], device=x.device)
-            share = 0.5 * mixup * torch.rand((), dtype=x.dtype, device=x.device)
+            stream = self._stream(_MIXUP, x.device)
+            other = torch.randperm(x.shape[1], generator=stream, device=x.device)
+            share = 0.5 * mixup * torch.rand((), generator=stream, **like)
             x = torch.lerp(x, x[:, other], _rowwise(share, x) * self._noisy)
             outputs = forward(x)
             mixed_in = self._mean_loss(outputs, batch._replace(y=batch.y[:, other]), smoothing)
@@ -343,6 +351,10 @@ class Objective:
             loss = loss + self._own_penalty(named, _keywords("penalty__", values), len(w))
         return loss
 
+    def _stream(self, number: int, device: torch.device) -> torch.Generator:
+        """A generator of this pass."""
+        return torch.Generator(device).manual_seed(self._seed + number)
+
     def _own_penalty(self, named: Mapping[str, Tensor], keywords: Mapping[str, Value], models: int) -> Tensor:
         penalties = []
         for i in range(models):
@@ -354,11 +366,10 @@ class Objective:
         return torch.stack(penalties)
 
     def _augmented(self, x: Tensor, keywords: Mapping[str, Value]) -> Tensor:
-        seed, generator = int(torch.randint(2**31, ())), torch.Generator(x.device)
         augmented = []
         for i, rows in enumerate(x):
-            generator.manual_seed(seed)  # the same draws for every model
-            own = self.augment(rows, generator, **{k: float(v) for k, v in _ith(keywords, i).items()})  # type: ignore[misc]
+            stream = self._stream(_AUGMENT, x.device)  # the same draws for every model
+            own = self.augment(rows, stream, **{k: float(v) for k, v in _ith(keywords, i).items()})  # type: ignore[misc]
             if not isinstance(own, Tensor) or own.shape[:1] != rows.shape[:1]:
                 got = f"shape {tuple(own.shape)}" if isinstance(own, Tensor) else type(own).__name__
                 raise ValueError(
@@ -488,6 +499,8 @@ class Objective:
     def _set(self, training: bool, rates: Mapping[str, Value]) -> Iterator[None]:
         """Put the values of factory keywords where they arrive in the module, and leave none of them behind."""
         module, changed = self._modules[training], []
+        for number, dropout in enumerate(self._dropouts if training else (), start=_DROPOUT):
+            dropout.seed = self._seed + number
         try:
             for keyword, rate in rates.items():
                 for path, name, a, b in self.reach[keyword]:

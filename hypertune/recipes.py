@@ -210,7 +210,7 @@ def stream(
                 )
             yield from joint(
                 problem, phi, lam_hat, optimizer, lam_optimizer,
-                sigma=sigma.to(lam_hat.device), m=m or (1 if implicit.all() else 2), generator=generator, unroll=unroll, **common,
+                sigma=sigma.to(lam_hat), m=m or (1 if implicit.all() else 2), generator=generator, unroll=unroll, **common,
             )  # fmt: skip
         case "simplified":
             yield from simplified(problem, phi, lam_hat, optimizer, lam_optimizer, **common)

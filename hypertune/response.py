@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hypertune.batches import Batch, Rows
 from hypertune.hypernetworks import Hypernetwork
-from hypertune.net import Net, fingerprint
+from hypertune.net import Net, fingerprint, gradients
 from hypertune.objective import Objective
 from hypertune.randomness import isolated
 from hypertune.space import Space, Value
@@ -168,6 +168,7 @@ class BestResponse:
         """
         return self._validation_losses(self._along(name, values)).T.double().numpy()
 
+    @gradients()
     def validation_band(self, name: str, values: Sequence[Value], *, coverage: float = 0.9) -> np.ndarray:
         """Where retraining would put the validation loss, along one hyperparameter, the others at λ̂.
 
@@ -295,6 +296,11 @@ class BestResponse:
             low, high = h.support
             if h.name in params and not ((v := h.flatten(params[h.name])) >= low).all() & (v <= high).all():
                 raise ValueError(f"{h.name}={params[h.name]!r} is outside its declared range [{low:g}, {high:g}].")
+            if h.name in params and not np.isfinite(h.encode(params[h.name])).all():
+                raise ValueError(
+                    f"{h.name}={params[h.name]!r} is the end of a range without upper bound, whose logarithmic axis has no such point: "
+                    f"this best response knows it above {low:g}."
+                )
         if (
             params
             and not self.hypernetwork.maps

@@ -30,7 +30,7 @@ from hypertune.folds import last_step, make_folds, net_of, prefix_of
 from hypertune.hypergradients import Description
 from hypertune.hypernetworks import HYPERNETWORKS, Builder
 from hypertune.hyperprior import choose_scale
-from hypertune.net import TorchEstimator
+from hypertune.net import TorchEstimator, gradients
 from hypertune.objective import Objective
 from hypertune.randomness import draw_seed
 from hypertune.recipes import NAMES
@@ -293,6 +293,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
 
     # --- scikit-learn's extension points ------------------------------------------------------------------------------
 
+    @gradients()
     def fit(self, X: Any, y: Any = None, **params: Any) -> Self:
         """Tune, verify and refit.
 
@@ -315,6 +316,9 @@ class HyperTrainingSearchCV(BaseSearchCV):
             Before any training, for a space, data or a model that cannot be tuned; during it, if the loss diverges.
         """
         own = {"estimator": self.estimator, "cv": self.cv}
+        earlier: dict[str, Any] = {
+            name: self.__dict__.pop(name) for name in ("history_", "best_response_") if name in self.__dict__
+        }
         if isinstance(self.cv, Iterator):  # it is gone through twice: by the hyper-training and by the verification
             self.cv = list(self.cv)
         net = last_step(self.estimator)
@@ -330,6 +334,13 @@ class HyperTrainingSearchCV(BaseSearchCV):
                 raise ValueError("evaluate='hypernetwork' needs a TorchClassifier or TorchRegressor; use 'retrain'.")
             self._inputs = indexable(X, y)
             super().fit(X, y, **params)
+        except (
+            BaseException
+        ):  # as scikit-learn's results, which are set at the end, ours are those of the last whole fit
+            for name in ("history_", "best_response_"):
+                self.__dict__.pop(name, None)
+            self.__dict__.update(earlier)
+            raise
         finally:
             getattr(self, "_known", []).clear()  # the nets of best_response_ know the same list
             self.__dict__.update(own)

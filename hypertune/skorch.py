@@ -106,10 +106,14 @@ class SkorchNet:
 
     def _tensor(self, values: Any, name: str) -> Tensor:
         if not isinstance(values, Tensor):
+            if hasattr(values, "columns"):
+                raise ValueError(
+                    f"{name} is a {type(values).__name__}, whose columns skorch passes as keywords; pass {name}.to_numpy()."
+                )
             array = np.array(values)
             if array.dtype.kind not in "fiub":
                 raise ValueError(
-                    f"{name} of dtype {array.dtype}: skorch does not encode; pass numbers, as one array, frame or tensor."
+                    f"{name} of dtype {array.dtype}: skorch does not encode; pass numbers, as one array or tensor."
                 )
             values = torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
         return values.detach().clone().to(self.device)

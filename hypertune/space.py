@@ -34,11 +34,12 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from optuna.distributions import BaseDistribution, FloatDistribution
-from scipy.stats import loguniform, uniform
+from scipy.stats import loguniform, rv_continuous, uniform
 from scipy.stats._distn_infrastructure import rv_continuous_frozen
 from torch import Tensor
 
 _UNITS_PER_RANGE = 4.0
+_MOST = 3e38  # what float32 can hold
 _LOG_UNIFORM = ("loguniform", "reciprocal")
 OUTER = "an outer search (GridSearchCV, or OptunaSearchCV of optuna-integration)"  # for what no gradient can tune
 
@@ -140,6 +141,10 @@ class Hyperparameter:
         low, high = (float(bound) for bound in prior.support())
         if not low < high:
             raise ValueError(f"param_distributions[{name!r}]: the range [{low}, {high}] is empty; give low < high.")
+        if any(math.isfinite(bound) and abs(bound) > _MOST for bound in (low, high)):
+            raise ValueError(
+                f"param_distributions[{name!r}]: the range [{low:g}, {high:g}] is beyond what float32 can hold."
+            )
         if log:
             return cls(name, prior, (low, high), "log", 0.0, 1.0, math.log(low), math.log(high))
         if math.isfinite(low) and math.isfinite(high):
@@ -272,6 +277,8 @@ def _as_prior(name: str, distribution: Any) -> tuple[Any, bool]:
         if log and low <= 0:
             raise ValueError(f"{where}: the lower bound of a log distribution must be positive, got {low}.")
         return distribution, log
+    if isinstance(distribution, rv_continuous):
+        raise ValueError(f"{where}: {distribution!r} is not frozen; call it with its arguments, as in uniform(0, 0.8).")
     if hasattr(distribution, "rvs"):
         raise ValueError(f"{where}: {distribution!r} is not a continuous distribution; {outer}")
     if isinstance(distribution, (list, tuple, np.ndarray, range)):

@@ -65,6 +65,10 @@ def check_settings(owner: str, settings: Mapping[str, Any], space: Space, prefix
                 f"{where}: module is a {type(module).__name__} that is built already, so no keyword of it can be set. Give its class "
                 "or another factory (n_features_in, n_outputs) -> nn.Module with that keyword."
             )
+        if name not in settings and name.startswith(f"{prefix}module__") and module is None:
+            raise ValueError(
+                f"{where}: module is None, which stands for MLP() and has no keywords to set. Give it: module=MLP()."
+            )
         if name not in settings:
             near = difflib.get_close_matches(name, settings, n=3, cutoff=0.5)
             near += [known for known in settings if known.endswith(f"__{name}") and known not in near]

@@ -23,6 +23,11 @@ def two_layers(n_features_in: int, n_outputs: int, *, width: int = 8, dropout: f
     return nn.Sequential(nn.Linear(n_features_in, width), nn.Tanh(), nn.Dropout(dropout), nn.Linear(width, n_outputs))
 
 
+@model_factory
+def of_a_function(n_features_in: int, n_outputs: int, *, function: str = "relu") -> nn.Module:
+    return nn.Linear(n_features_in, n_outputs)
+
+
 @pytest.mark.slow
 @parametrize_with_checks([
     TorchClassifier(dtype="float64", lr=1e-2, random_state=0),
@@ -136,7 +141,7 @@ def test_factories_are_searchable_and_travel(iris):
     ).fit(X, y)
     assert search.best_params_["module__width"] == 4
     assert two_layers.get_params() == {"width": 8, "dropout": 0.0}
-    for factory in (MLP(hidden=(3,)), two_layers, model_factory(two_layers.function, width=3)):
+    for factory in (MLP(hidden=(3,)), two_layers, model_factory(two_layers.function, width=3), of_a_function):
         travelled = pickle.loads(pickle.dumps(factory))
         assert repr(travelled) == repr(factory)
         assert repr(clone(factory)) == repr(factory)
@@ -218,6 +223,17 @@ def test_bad_data_are_refused(iris):
         TorchClassifier().fit(np.where(X > 1, np.inf, X), y)
     with pytest.raises(ValueError, match="zero"):
         TorchClassifier().fit(X, y, sample_weight=np.zeros(len(X)))
+    with pytest.raises(ValueError, match=r"too large for float32.*dtype='float64'"):
+        TorchClassifier().fit(X * 1e39, y)
+
+
+def test_it_trains_whatever_mode_the_caller_is_in(iris):
+    X, y = iris
+    net = TorchClassifier(max_epochs=2, random_state=0)
+    expected = net.fit(X, y).predict_proba(X)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert_array_equal(clone(net).fit(X, y).predict_proba(X), expected)
 
 
 @pytest.mark.skipif(not hasattr(TorchClassifier, "set_callbacks"), reason="scikit-learn before 1.9 has no callbacks")

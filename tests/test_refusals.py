@@ -156,6 +156,30 @@ def test_what_is_refused_leaves_the_search_as_it_was(iris):
         search(cv=[]).fit(X, y)
 
 
+def test_a_fit_that_fails_leaves_the_results_of_the_one_before(iris):
+    X, y = iris
+    own = search().fit(X, y)
+    history, response = own.history_, own.best_response_
+
+    def failing(*args):
+        raise RuntimeError("this scorer fails")
+
+    own.set_params(scoring=failing, error_score="raise")
+    with pytest.raises(RuntimeError, match="this scorer"):
+        own.fit(X[:, :2], y)
+    assert own.history_ is history
+    assert own.best_response_ is response
+    fresh = search(scoring=failing, error_score="raise")
+    with pytest.raises(RuntimeError, match="this scorer"):
+        fresh.fit(X, y)
+    assert not {"history_", "best_response_"} & vars(fresh).keys()
+
+
+def test_keywords_of_no_module_are_refused_with_what_to_do(iris):
+    with pytest.raises(ValueError, match=r"\['module__dropout'\]: module is None.*module=MLP\(\)"):
+        search(estimator=TorchClassifier(), param_distributions={"module__dropout": uniform(0, 0.5)}).fit(*iris)
+
+
 def test_folds_of_other_widths_are_refused_with_what_to_do():
     X = pd.DataFrame({"a": np.arange(30.0), "b": ["x"] * 24 + ["y"] * 5 + ["z"]})
     encode = make_column_transformer((OneHotEncoder(handle_unknown="ignore"), ["b"]), remainder="passthrough")

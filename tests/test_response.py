@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
-from scipy.stats import loguniform, uniform
+from scipy.stats import expon, loguniform, uniform
 from scipy.stats import t as student_t
 from sklearn.base import clone
 from sklearn.pipeline import Pipeline
@@ -48,6 +48,14 @@ def test_the_best_response_answers_at_any_setting(fitted, iris):
     for values in (1e-3, []):
         with pytest.raises(ValueError, match="values must be a sequence"):
             response.validation_curve("weight_decay", values)
+
+
+def test_the_end_of_a_half_bounded_range_is_refused_and_no_model_of_nans(iris):
+    found = search(param_distributions={"weight_decay": expon()}).fit(*iris)
+    assert np.isfinite(found.best_response_.validation_loss({"weight_decay": 1e-9}))
+    for ask in (found.best_response_.validation_loss, found.best_response_.estimator_at):
+        with pytest.raises(ValueError, match="no such point: this best response knows it above 0"):
+            ask({"weight_decay": 0.0})
 
 
 def test_a_kept_search_holds_no_training_rows(fitted, iris):

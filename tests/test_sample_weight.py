@@ -73,6 +73,17 @@ def test_each_fold_is_verified_with_the_weights_of_its_own_rows(iris, n_jobs, mo
     assert fold.valid.weight is None
 
 
+def test_equal_rows_of_two_folds_with_other_weights_are_refused(iris):
+    """A fit of one fold could not tell which of the weights are its own."""
+    X, y = np.concatenate([iris[0]] * 2), np.concatenate([iris[1]] * 2)
+    own = 1.0 + np.arange(len(X))
+    halves = [(np.arange(150), np.arange(150, 300)), (np.arange(150, 300), np.arange(150))]
+    space = {"weight_decay": loguniform(1e-6, 1e0)}
+    with pytest.raises(ValueError, match="Two folds train on equal rows"):
+        search(clone(NET).set_params(sample_weight=own), space, cv=halves).fit(X, y)
+    search(clone(NET).set_params(sample_weight=np.tile(own[:150], 2)), space, cv=halves).fit(X, y)
+
+
 def test_the_weights_in_the_loss_are_those_of_the_rows_relative_to_their_fold():
     folds = [
         Rows(torch.arange(4.0)[:, None], torch.zeros(4), None, torch.tensor([0, 2, 4, 5])),

@@ -349,7 +349,7 @@ def test_it_goes_where_a_grid_search_goes(iris):
     X, y = iris
     assert cross_val_score(make_pipeline(StandardScaler(), search(scoring=None)), X, y, cv=2).min() > 0.8
     over = search(
-        estimator=Pipeline([("scale", StandardScaler()), ("net", NET)]),
+        estimator=Pipeline([("identity", StandardScaler()), ("net", NET)]),
         param_distributions={f"net__{k}": v for k, v in SPACE.items()},
         scoring=["neg_log_loss", "accuracy"], refit="accuracy", return_train_score=True,
     ).fit(X, y)  # fmt: skip
@@ -512,6 +512,23 @@ def test_a_module_that_cannot_be_stacked_is_tuned_one_fold_after_the_other(iris)
     assert len(np.unique(found.history_["weight_decay"])) > 10
     assert found.cv_results_["mean_test_score"][0] > 0.9  # of λ̂
     assert found.best_response_.estimator_at().score(*iris) > 0.9
+
+
+def test_it_runs_whatever_mode_and_default_dtype_the_caller_has(iris):
+    params = {"estimator": clone(NET).set_params(max_epochs=4), "cv": 2}
+    expected = search(**params).fit(*iris)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            found = search(**params).fit(*iris)
+            band = found.best_response_.validation_band("weight_decay", [1e-3])
+        assert found.best_params_ == expected.best_params_
+        assert_allclose(band, expected.best_response_.validation_band("weight_decay", [1e-3]))
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = search(**params).fit(*iris)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.best_params_ == pytest.approx(expected.best_params_, rel=1e-4)
 
 
 def test_a_seed_is_kept_by_threads(iris):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
@@ -165,6 +166,8 @@ def test_data_that_skorch_would_not_take_is_refused_early(iris32):
     X, y = iris32
     with pytest.raises(ValueError, match="skorch does not cast"):
         search(classifier()).fit(X.astype(np.float64), y)
+    with pytest.raises(ValueError, match=r"columns skorch passes as keywords; pass X.to_numpy\(\)"):
+        search(classifier()).fit(pd.DataFrame(X), y)
     with pytest.raises(ValueError, match="does not encode"):
         search(classifier()).fit(X, np.array(["a", "b", "c"])[y])
     with pytest.raises(ValueError, match="needs a TorchClassifier"):

@@ -79,6 +79,8 @@ def test_values_of_a_batch_keep_its_shape():
         (loguniform(0.0, 1.0), r"\['x'\].*log distribution needs 0 < low < high"),
         (uniform(1.0, 0.0), r"\['x'\].*(empty|no support)"),
         (FloatDistribution(1.0, 1.0), r"\['x'\].*empty"),
+        (loguniform(1.0, 1e39), r"\['x'\]: the range \[1, 1e\+39\] is beyond what float32"),
+        (uniform, r"\['x'\].*is not frozen; call it"),
     ],
 )
 def test_what_a_gradient_cannot_tune_is_refused_by_name(entry, message: str):
