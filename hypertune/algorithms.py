@@ -24,6 +24,7 @@ from hypertune.hypernetworks import Hypernetwork
 from hypertune.randomness import rng_state, set_rng_state
 
 _MOST = 10.0  # times a weight's step size: the most that its response moves for a feature of one
+_ADAPTIVE = frozenset({"exp_avg_sq", "exp_inf", "square_avg", "sum"})  # state that preconditioner() reads
 _TOGETHER = 2**23  # weights of all folds and sampled λ in one pass; beyond it each λ has its own, which is slower
 
 
@@ -160,7 +161,7 @@ def joint(
         if (number - 1) % every:
             yield Step(number, descend_w(problem, hypernetwork, phi_optimizer, lam_hat), None)  # λ = λ̂, φ = w₀
             continue
-        lam = _inside(_neighbours(lam_hat, sigma, m, generator), problem)  # λ ~ p(λ | λ̂)
+        lam = inside(_neighbours(lam_hat, sigma, m, generator), problem)  # λ ~ p(λ | λ̂)
         train = _descend_phi(problem, hypernetwork, phi_optimizer, lam, lam_hat)  # φ ← φ − α ∇_φ L_Train(w_φ(λ), λ, x)
         valid = None
         if number > warmup:
@@ -225,7 +226,7 @@ def fit_response(
     number = 0
     while True:
         number += 1
-        lam = _inside(sample(m), problem)  # λ ~ p(λ)
+        lam = inside(sample(m), problem)  # λ ~ p(λ)
         yield Step(
             number, _descend_phi(problem, hypernetwork, phi_optimizer, lam, lam_hat), None
         )  # φ ← φ − α ∇_φ L_Train
@@ -261,7 +262,8 @@ def _neighbours(lam_hat: Tensor, sigma: float | Tensor, m: int, generator: torch
     return lam_hat.detach() + sigma * signed
 
 
-def _inside(lam: Tensor, problem: Problem) -> Tensor:
+def inside(lam: Tensor, problem: Problem) -> Tensor:
+    """λ (m, n), clipped to its bounds."""
     return torch.minimum(torch.maximum(lam, problem.low), problem.high)
 
 
@@ -369,7 +371,7 @@ def descend_lam(
     lam_hat.grad = slope if own is None else torch.where(adjoint.coordinates, own, slope)  # type: ignore[union-attr]
     lam_optimizer.step()
     with torch.no_grad():
-        lam_hat.copy_(_inside(lam_hat, problem))
+        lam_hat.copy_(inside(lam_hat, problem))
     return loss.detach().mean()
 
 
@@ -411,7 +413,7 @@ class PlainOptimizer:
 class TangentOptimizer:
     """w₀ by any torch optimizer, and V by the tangent of that optimizer's own dynamics. The default.
 
-    V has w₀'s preconditioner P (Adam's 1/√v̂; the identity for SGD) and step size α, in normalised form:
+    V has w₀'s preconditioner P (Adam's 1/√v̂, and its like of RMSprop, Adagrad and Adamax; the identity for SGD and any other) and step size α, in normalised form:
 
         V ← V − α Σ_m (f − f̄) ⊗ P G / (Σ_m ‖f − f̄‖² + 2 · average of Σ_m (f − f̄)²),     f̄ the mean over the m samples
 
@@ -425,7 +427,7 @@ class TangentOptimizer:
     Parameters
     ----------
     hypernetwork : Hypernetwork
-    weight_optimizer : torch.optim.Adam or torch.optim.SGD
+    weight_optimizer : torch.optim.Optimizer
         Holds ``hypernetwork.w0`` alone.
     basis_optimizer : torch.optim.Optimizer or None
         Holds the parameters of the basis, if it has any.
@@ -451,7 +453,7 @@ class TangentOptimizer:
             step = G if self.basis_optimizer is None else G.clone()
             lr = self.weight_optimizer.param_groups[0]["lr"]
             step /= preconditioner(hypernetwork.w0, self.weight_optimizer).div_(lr)[:, None]
-            if "betas" in self.weight_optimizer.param_groups[0]:
+            if is_adaptive(hypernetwork.w0, self.weight_optimizer):
                 step.clamp_(-_MOST * lr, _MOST * lr)
             for number, linear in enumerate(hypernetwork.maps):
                 total, each = linear.power(centred)
@@ -470,13 +472,24 @@ class TangentOptimizer:
 
 
 def preconditioner(w0: nn.Parameter, optimizer: torch.optim.Optimizer) -> Tensor:
-    """What the optimizer divides w₀'s gradient by, (K, D): Adam's √v̂ + ε, or 1."""
-    state = optimizer.state.get(w0, {})
-    if "exp_avg_sq" not in state:
-        return torch.ones_like(w0.data)
-    group = optimizer.param_groups[0]
-    correction = bias_correction(group["betas"][1], state["step"], w0)
-    return (state["exp_avg_sq"] / correction).sqrt_().add_(group["eps"])
+    """What the optimizer divides w₀'s gradient by, (K, D): Adam's √v̂ + ε, its like of its relatives, or 1 (SGD)."""
+    state, group = optimizer.state.get(w0, {}), optimizer.param_groups[0]
+    if "exp_avg_sq" in state:  # Adam, AdamW, NAdam, RAdam
+        squares = state.get("max_exp_avg_sq", state["exp_avg_sq"])
+        return (squares / bias_correction(group["betas"][1], state["step"], w0)).sqrt_().add_(group["eps"])
+    if "exp_inf" in state:  # Adamax
+        return state["exp_inf"].clone()
+    if "square_avg" in state:  # RMSprop
+        centre = state["grad_avg"].square() if group.get("centered") else 0.0
+        return (state["square_avg"] - centre).clamp_(min=0).sqrt_().add_(group["eps"])
+    if "sum" in state:  # Adagrad
+        return state["sum"].sqrt().add_(group["eps"])
+    return torch.ones_like(w0.data)
+
+
+def is_adaptive(w0: nn.Parameter, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer divides w₀'s gradient by something of its own that :func:`preconditioner` knows."""
+    return not _ADAPTIVE.isdisjoint(optimizer.state.get(w0, {}))
 
 
 def bias_correction(beta: float, step: Tensor | float, like: Tensor) -> Tensor:

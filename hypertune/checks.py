@@ -24,8 +24,9 @@ from sklearn.base import clone
 from torch import Tensor
 
 from hypertune.batches import Minibatches
-from hypertune.folds import prefix_of
+from hypertune.folds import last_step, prefix_of
 from hypertune.implicit import conjugate_gradients
+from hypertune.net import TorchEstimator
 from hypertune.objective import flat_weights
 from hypertune.randomness import isolated
 from hypertune.response import Fold
@@ -99,14 +100,15 @@ def check_hypergradient(
     Raises
     ------
     ValueError
-        If the training loss is not convex enough for "exact", or cannot be stacked for "retrain".
+        If the training loss is not convex enough for "exact", or cannot be stacked for "retrain"; and for a skorch net.
     """
     if reference not in ("exact", "retrain"):
         raise ValueError(f'reference={reference!r}: choose "exact" or "retrain".')
     probe = _Probe(**clone(search).get_params(deep=False))
-    names = [name for name in [f"{prefix_of(probe.estimator)}dtype"] if name in probe.estimator.get_params()]
+    if not isinstance(net := last_step(probe.estimator), TorchEstimator):
+        raise ValueError(f"check_hypergradient needs a TorchClassifier or TorchRegressor, got {net!r}.")
     probe.set_params(
-        **{f"estimator__{name}": "float64" for name in names},
+        **{f"estimator__{prefix_of(probe.estimator)}dtype": "float64"},
         evaluate="hypernetwork", refit=False, hyper_lr=1e-12, grain_scale=None, error_score="raise",
     )  # fmt: skip
     probe.oracle = _exact if reference == "exact" else lambda setup, own: _retrained(setup, own, step)

@@ -90,7 +90,7 @@ class TorchClassifier(ClassifierMixin, TorchEstimator):
     module_ : nn.Module
         The trained module, in eval mode.
     loss_curve_ : list of float
-        Mean training loss of each epoch, penalties included.
+        Mean training loss of each epoch, penalties included. Not where the weights are a hypernetwork's.
     n_iter_ : int
         Epochs trained.
     n_outputs_ : int
@@ -233,7 +233,7 @@ class TorchRegressor(RegressorMixin, TorchEstimator):
     module_ : nn.Module
         The trained module, in eval mode; its outputs are standardised targets.
     loss_curve_ : list of float
-        Mean training loss of each epoch, penalties included.
+        Mean training loss of each epoch, penalties included. Not where the weights are a hypernetwork's.
     n_iter_ : int
         Epochs trained.
     n_outputs_ : int

@@ -77,6 +77,8 @@ def plain_layers(module: nn.Module) -> list[tuple[str, nn.Module]] | None:
     recur = [layer for i, (_, layer) in enumerate(layers) if any(layer is before for _, before in layers[:i])]
     if any(isinstance(layer, nn.Linear) for layer in recur):
         return None  # its parameters have the first name only
+    if len(dict(module.named_parameters())) < len(dict(module.named_parameters(remove_duplicate=False))):
+        return None  # and so have those that layers share
     for _, layer in layers:
         flat = type(layer) is nn.Flatten and (layer.start_dim, layer.end_dim) == (1, -1)
         if not (flat or type(layer) in (*_ELEMENTWISE, nn.Linear, TensorDropout)):

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -340,7 +340,8 @@ class Objective:
             share = 0.5 * mixup * torch.rand((), generator=stream, **like)
             x = torch.lerp(x, x[:, other], _rowwise(share, x) * self._noisy)
             outputs = forward(x)
-            mixed_in = self._mean_loss(outputs, batch._replace(y=batch.y[:, other]), smoothing)
+            weight = None if batch.weight is None else batch.weight[:, other]
+            mixed_in = self._mean_loss(outputs, batch._replace(y=batch.y[:, other], weight=weight), smoothing)
             loss = (1 - share) * self._mean_loss(outputs, batch, smoothing) + share * mixed_in
         weight_decay, l1 = values.get("weight_decay", 0.0), values.get("l1", 0.0)
         if not is_zero(weight_decay):
@@ -435,6 +436,14 @@ class Objective:
                 UserWarning,
                 stacklevel=2,
             )
+
+    def reads_in_eval_mode(self, x: Tensor, keyword: str, values: Sequence[float]) -> bool:
+        """Whether the outputs for rows x (B, ...) in eval mode depend on a factory keyword's value."""
+        named = self.named(self.initial_weights()[None])
+        first, *others = (
+            self._outputs(named, x[None], {keyword: float(value)}, training=False, fold=0) for value in values
+        )
+        return any(not torch.equal(first, other) for other in others)
 
     def _mean_loss(self, outputs: Tensor, batch: Batch, smoothing: Value) -> Tensor:
         if isinstance(self.loss, CustomLoss):  # may return a mean: one model at a time

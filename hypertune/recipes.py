@@ -27,6 +27,7 @@ from hypertune.algorithms import (
     descend_response,
     descend_w,
     fit_response,
+    inside,
     joint,
     simplified,
 )
@@ -249,7 +250,7 @@ def _globally(
         if step.number == phi_steps:
             break
     with torch.no_grad():
-        screened = sample(_SCREENED)
+        screened = inside(sample(_SCREENED), problem)
         batch = next(problem.valid_batches)
         predicted = torch.cat([problem.valid_loss(phi(lam[None]), batch).mean(dim=0) for lam in screened])
         lam_hat.copy_(screened[predicted.argmin()])

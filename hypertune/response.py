@@ -58,7 +58,7 @@ class Fold:
         return replace(self, valid=self.valid.take(drawn))
 
     def without_training_rows(self) -> Fold:
-        """What a trained response needs of the fold: a search that is kept or pickled holds no copy of its training data."""
+        """What a trained response needs of the fold. (Under K-fold the validation rows of all folds are all rows.)"""
         nothing = Rows(self.train.x[:0].clone(), self.train.y[:0].clone())  # an empty view would keep all rows
         return replace(self, train=nothing, key=fingerprint(*self.train[:3]))
 
@@ -80,7 +80,7 @@ class BestResponse:
     objective : Objective
         The losses that it was trained on.
     folds : list of Fold
-        The K splits: fitted preprocessing and validation rows, without the training rows.
+        The K splits: fitted preprocessing and validation rows, without the training rows. A pickled search holds these rows.
     hypergradient : Tensor of shape (n,), optional
         Slope of the validation loss (mean over folds) in λ, averaged over the last part of the path.
     sigma : Tensor of shape (n,), optional

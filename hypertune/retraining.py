@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from sklearn.base import clone
 from torch import Tensor, nn
@@ -38,7 +39,8 @@ class Retrained:
     space : Space
     prefix : str
     lam : Tensor of shape (C, n)
-    weights : Tensor of shape (K, C, D)
+    weights : ndarray of shape (K, C, D)
+        Worker processes map one copy into their memory.
     curves : Tensor of shape (epochs, K, C)
         Mean training loss of each epoch.
     objective : Objective
@@ -53,7 +55,7 @@ class Retrained:
     space: Space
     prefix: str
     lam: Tensor
-    weights: Tensor
+    weights: np.ndarray
     curves: Tensor
     objective: Objective
     keys: list[str]
@@ -64,7 +66,7 @@ class Retrained:
         """Mean over folds of L_Valid of each setting on all validation rows, (C,); infinite where a model is not finite."""
         losses = torch.stack(
             [
-                full_losses(self.objective, w, fold.valid, k)
+                full_losses(self.objective, torch.from_numpy(w).to(fold.valid.x), fold.valid, k)
                 for k, (w, fold) in enumerate(zip(self.weights, folds, strict=True))
             ]
         )
@@ -85,7 +87,7 @@ class Retrained:
             return False  # it fails in its own fit, with its own message
         with isolated(0, net.device):
             module = net._build_module()
-        net._adopt(self.objective.load_into(module, self.weights[k, c], k))
+        net._adopt(self.objective.load_into(module, torch.tensor(self.weights[k, c]), k))
         net.loss_curve_ = curve.tolist()
         return True
 
@@ -129,7 +131,7 @@ def retrain(
         weights = torch.cat([part[0] for part in parts])[order.to(weights.device)]
         curves = torch.cat([part[1] for part in parts], dim=1)[:, order.to(weights.device)]
     keys = [fingerprint(*fold.train[:3]) for fold in folds]
-    return Retrained(space, prefix, lam, weights, curves.cpu(), objective, keys, net.n_outputs_, seed)
+    return Retrained(space, prefix, lam, weights.cpu().numpy(), curves.cpu(), objective, keys, net.n_outputs_, seed)
 
 
 def _train(

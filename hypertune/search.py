@@ -107,7 +107,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
         "joint" and 8 for "global".
     n_inits : int, default=None
         Networks for each fold, with initial weights of their own, that share λ: the mean of their hypergradients is less noisy.
-        None means up to 3 for small models, for which they are nearly free.
+        None means up to 3 for small models, for which they cost a third of the hyper-training.
     hyper_lr : float, default=0.05
         Step size β of the hyperparameters' Adam for each training step, in units of λ. In runs of more than 1,200 steps it is the
         smaller in proportion: the weights need the longer to respond.

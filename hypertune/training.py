@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -32,7 +33,7 @@ from hypertune.objective import NO_NOISE, Objective, flat_weights
 from hypertune.randomness import isolated
 from hypertune.recipes import choose, phi_optimizer, stream
 from hypertune.response import BestResponse, Fold
-from hypertune.space import Space
+from hypertune.space import OUTER, Space
 from hypertune.tunable import arrangements, find_reaches
 
 _VALID_BATCH = 256
@@ -41,7 +42,7 @@ _INITS_WEIGHTS = 75_000  # of all folds and initial weights together; beyond it 
 _FULL_PACE = 1_200  # training steps: in longer runs λ̂ is the slower, since the weights need the longer to respond
 _RECORDS = 50
 _RECORDED_ROWS = 1_000  # of each fold's validation rows
-_RECORDED_VALUES = 200_000  # of one hyperparameter; of more, a draw of 1,000
+_RECORDED_VALUES = 10_000_000  # of one hyperparameter in all records; of more, a draw of 1,000 in each
 _SETTLING = 50  # minibatches after which BatchNorm has forgotten what it was before
 _SIMPLIFIED_OFFSET = 2.0  # units of λ between λ̂'s start and the centre in "simplified"
 
@@ -130,8 +131,11 @@ def hyper_train(
             scale=scale, m=n_samples, warmup=first, every=every, phi_steps=phi_steps, seed=seed,
         )  # fmt: skip
 
-        trace = _Trace(response, lam_hat, begin, per_epoch, averaged_from=max(first, (1 - averaging) * steps))
         recorded = max(1, min(per_epoch, steps // _RECORDS))
+        trace = _Trace(
+            response, lam_hat, begin, per_epoch,
+            averaged_from=max(first, (1 - averaging) * steps), n_records=steps / recorded,
+        )  # fmt: skip
         with tqdm(total=steps, desc="hyper-training", unit="step", disable=not progress, leave=False) as bar:
             for number, step in enumerate(islice(run, steps), start=1):
                 for schedule in phi_schedules if step.train_loss is not None else ():
@@ -150,6 +154,13 @@ def hyper_train(
                 if stop:
                     break
         average = trace.average()
+        if not trace.moves and not stop:
+            warnings.warn(
+                f"The hyperparameters did not move: {recipe.name!r} moves them once in {every} steps after the first {first}, and "
+                f"there were {number}. Give it a larger max_epochs or a smaller batch_size.",
+                UserWarning,
+                stacklevel=2,
+            )
         for _ in range(_SETTLING if objective.has_statistics else 0):  # running statistics at the tuned setting
             settle(problem, phi, average, next(train_batches))
     phi.keep(K)  # the other initial weights have done their part
@@ -158,6 +169,7 @@ def hyper_train(
     response.hypergradient = trace.slope.cpu()
     response.sigma = recipe.sigma(scale) if phi.linear else None
     phi.center = phi.center.detach().clone()
+    phi.zero_grad()
     phi.requires_grad_(False)
     response.folds = [fold.without_training_rows() for fold in folds]
     return response, {"algorithm": f"{recipe.name}: {recipe.reason}", **trace.arrays()}
@@ -177,7 +189,7 @@ def stack(space: Space, prefix: str, folds: list[Fold], n_rows: int, seed: int) 
     Raises
     ------
     ValueError
-        If a hyperparameter reaches nothing in the model.
+        If a hyperparameter reaches nothing in the model, or is part of the prediction.
     """
     net = folds[0].net
     with isolated(seed, net.device):
@@ -186,6 +198,13 @@ def stack(space: Space, prefix: str, folds: list[Fold], n_rows: int, seed: int) 
         x = folds[0].valid.x[:2]
         net._check_outputs(objective, x)
         settings = net.get_params()
+        for h in space.hyperparameters:
+            own = h.name.removeprefix(prefix)
+            if own in reaches and objective.reads_in_eval_mode(x, own, h.prior.ppf([0.01, 0.99])):
+                raise ValueError(
+                    f"param_distributions[{h.name!r}]: the module reads it in eval mode, too. The gradient is that of a validation loss "
+                    f"which depends on it through the weights alone, as on a dropout rate. Set it on the estimator, or give it to {OUTER}."
+                )
         objective.try_stacking(x, {own: settings[own] for own in reaches})
         names = {h.name for h in space.hyperparameters} & {f"{prefix}input_noise", f"{prefix}mixup"}
         if names and not objective.feels_noise:
@@ -288,14 +307,23 @@ def make_values(space: Space, prefix: str, objective: Objective, net: Net) -> Ca
 class _Trace:
     """Collects ``history_``, one row per record, and the average of λ̂ over the last part of its path."""
 
-    def __init__(self, response: BestResponse, lam_hat: Tensor, begin: float, per_epoch: int, averaged_from: float):
+    def __init__(
+        self,
+        response: BestResponse,
+        lam_hat: Tensor,
+        begin: float,
+        per_epoch: int,
+        *,
+        averaged_from: float,
+        n_records: float,
+    ):
         self.response, self.lam_hat, self.begin, self.per_epoch = response, lam_hat, begin, per_epoch
-        self.averaged_from = averaged_from
+        self.averaged_from, self._most_values = averaged_from, _RECORDED_VALUES / n_records
         self._folds = [fold.with_fewer_valid(_RECORDED_ROWS) for fold in response.folds]
         self.rows: list[dict[str, Any]] = []
         self._losses: list[Tensor] = []
         self._sum, self._count = torch.zeros_like(lam_hat), 0
-        self.slope, self._moves = torch.zeros_like(lam_hat), 0
+        self.slope, self.moves, self._averaged = torch.zeros_like(lam_hat), 0, 0
 
     def see(self, number: int, step: Step) -> None:
         if step.train_loss is not None:
@@ -306,8 +334,9 @@ class _Trace:
             self._count += 1
         if step.valid_loss is not None:  # the last hypergradient, or the average over the last part of the path
             assert self.lam_hat.grad is not None
-            self._moves += averaging
-            self.slope.lerp_(self.lam_hat.grad, 1 / max(self._moves, 1))
+            self.moves += 1
+            self._averaged += averaging
+            self.slope.lerp_(self.lam_hat.grad, 1 / max(self._averaged, 1))
 
     def average(self) -> Tensor:
         return self._sum / self._count if self._count else self.lam_hat.detach()
@@ -329,15 +358,14 @@ class _Trace:
                 "epoch": number / self.per_epoch,
                 "train_loss": train_loss,
                 "validation_loss": valid_loss,
-                **{name: _some(value.numpy()) for name, value in self.response.space.values(lam).items()},
+                **{name: self._some(value.numpy()) for name, value in self.response.space.values(lam).items()},
             }
         )
 
+    def _some(self, values: np.ndarray) -> np.ndarray:
+        if values.size <= max(self._most_values, 1_000):
+            return values
+        return values[np.random.default_rng(0).choice(values.size, 1_000, replace=False)]
+
     def arrays(self) -> dict[str, np.ndarray]:
         return {key: np.array([row[key] for row in self.rows]) for key in self.rows[0]}
-
-
-def _some(values: np.ndarray) -> np.ndarray:
-    if values.size <= _RECORDED_VALUES:
-        return values
-    return values[np.random.default_rng(0).choice(values.size, 1_000, replace=False)]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hypertune.algorithms import Problem, ResponseOptimizer, bias_correction, preconditioner, settle
+from hypertune.algorithms import Problem, ResponseOptimizer, bias_correction, is_adaptive, preconditioner, settle
 from hypertune.hypergradients import Linearisation, step_size
 from hypertune.hypernetworks import Hypernetwork
 
@@ -48,7 +48,7 @@ class Dynamics:
         """
         w0, group = hypernetwork.w0, optimizer.param_groups[0]
         state, s = optimizer.state.get(w0, {}), step_size(optimizer) / preconditioner(w0, optimizer)
-        if "exp_avg_sq" in state:
+        if is_adaptive(w0, optimizer):
             s = torch.minimum(s, 1 / rows().clamp(min=1e-12))
         zero = torch.zeros_like(w0.data)
         if "betas" in group:

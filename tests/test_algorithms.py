@@ -14,7 +14,9 @@ from hypertune.algorithms import (
     TangentOptimizer,
     descend_response,
     fit_response,
+    is_adaptive,
     joint,
+    preconditioner,
     simplified,
 )
 from hypertune.hypernetworks import HYPERNETWORKS, Hypernetwork, Layout, Linear, ReluMLP
@@ -112,6 +114,29 @@ def test_a_weight_whose_gradients_cancel_is_not_thrown_by_adams_preconditioner()
     V = hypernetwork.maps[0].V.detach()
     assert (V < 0).all()
     assert (V > -10 * 0.1).all()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda w: torch.optim.SGD(w, lr=0.1),
+        lambda w: torch.optim.Adam(w, lr=0.1, betas=(0.0, 0.9)),
+        lambda w: torch.optim.Adam(w, lr=0.1, betas=(0.0, 0.9), amsgrad=True),
+        lambda w: torch.optim.Adamax(w, lr=0.1, betas=(0.0, 0.9)),
+        lambda w: torch.optim.RMSprop(w, lr=0.1),
+        lambda w: torch.optim.RMSprop(w, lr=0.1, centered=True),
+        lambda w: torch.optim.Adagrad(w, lr=0.1),
+    ],
+)
+def test_the_preconditioner_is_what_the_optimizer_divides_its_gradient_by(make):
+    """Without momentum a step is −α G/P, whatever the optimizer."""
+    w = torch.nn.Parameter(torch.zeros(1, 8, dtype=torch.float64))
+    optimizer = make([w])
+    for G in torch.randn(20, 1, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)):
+        before, w.grad = w.detach().clone(), G
+        optimizer.step()
+        assert_close(w.detach() - before, -0.1 * G / preconditioner(w, optimizer), rtol=1e-6, atol=1e-9)
+    assert is_adaptive(w, optimizer) == (type(optimizer) is not torch.optim.SGD)
 
 
 def _tune(ridge: Ridge, algorithm: str, name: str, steps: int = 3000) -> tuple[Tensor, Hypernetwork]:

@@ -73,6 +73,7 @@ ROOMS = {  # room -> the rooms it may import from
         "batches",
         "folds",
         "implicit",
+        "net",
         "objective",
         "randomness",
         "response",

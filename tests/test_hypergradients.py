@@ -330,13 +330,38 @@ ALGORITHMS = [
 @pytest.mark.parametrize("algorithm", ALGORITHMS, ids=str)
 def test_every_algorithm_searches(table, algorithm):
     X, y = table
-    found = search(algorithm).fit(X[:200], y[:200])
+    epochs = 30 if algorithm == "unrolled" else None  # 20 steps for each move of λ̂
+    found = search(algorithm, max_epochs=epochs).fit(X[:200], y[:200])
     history = found.history_
     assert history["algorithm"].endswith(": asked for")
     assert np.isfinite(history["validation_loss"]).all()
-    if algorithm != "unrolled":  # 20 steps for each move of λ̂: this run is too short
-        assert (history["weight_decay"][-1] != history["weight_decay"][0]).any()
+    assert (history["weight_decay"][-1] != history["weight_decay"][0]).any()
     assert found.best_estimator_.score(X, y) > 0.8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adam", torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.Adamax])
+def test_lam_hat_moves_far_whatever_divides_the_gradients(table, optimizer):
+    """From a weight decay that is far too strong; with a response of the wrong size it stays there."""
+    net = TorchClassifier(
+        MLP(hidden=(16,)), optimizer=optimizer, lr=1e-2, max_epochs=60, weight_decay=0.03, random_state=0
+    )
+    found = HyperTrainingSearchCV(
+        net, {"weight_decay": loguniform(1e-6, 1e1)}, start="estimator", evaluate="hypernetwork", cv=3, random_state=0
+    ).fit(*table)
+    assert 1e-3 < found.best_params_["weight_decay"] < 0.015
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_screened_by_a_global_hypernetwork_is_inside_the_bounds(table, seed):
+    """Its samples around the start are not, and a response that is extrapolated promises most."""
+    space = {"weight_decay": loguniform(1e-3, 1e-1), "module__dropout": uniform(0, 0.8)}
+    found = search("global", space, scale=1.5, hypernetwork="mlp", max_epochs=30, hyper_lr=1e-6).fit(*table)
+    lam = found.best_response_.space.encode(found.best_response_.params)
+    start = found.history_["weight_decay"][-1], found.history_["module__dropout"][-1]
+    assert 1e-3 <= start[0] <= 1e-1
+    assert 0 <= start[1] <= 0.8
+    assert lam.isfinite().all()
 
 
 def test_what_a_method_cannot_do_is_refused(table):

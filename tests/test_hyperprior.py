@@ -12,7 +12,7 @@ from scipy.stats import loguniform
 from sklearn.datasets import make_regression
 from sklearn.model_selection import PredefinedSplit
 
-from hypertune import MLP, HyperTrainingSearchCV, TorchRegressor, per_feature, training
+from hypertune import MLP, HyperTrainingSearchCV, TorchRegressor, per_feature, per_weight, training
 from hypertune.batches import Rows
 from hypertune.hyperprior import SCALES, choose_scale, vertex
 from hypertune.losses import absolute_error, cross_entropy, nats_per_unit, squared_error
@@ -90,11 +90,19 @@ def test_the_slopes_of_a_search_are_in_nats(monkeypatch):
     assert moved(10.0) > 5 * moved(1.0) > 0
 
 
-def test_of_very_many_values_a_draw_is_recorded():
-    few, many = np.arange(5), np.arange(300_000)
-    assert training._some(few) is few
-    assert training._some(many).shape == (1_000,)
-    assert (training._some(many) == training._some(many)).all()
+def test_of_very_many_values_a_draw_is_recorded(iris, monkeypatch):
+    """The same ones in every record."""
+    net = TorchRegressor(MLP(hidden=(300,)), max_epochs=3, random_state=0)  # 1,500 weights that have a decay
+    search = HyperTrainingSearchCV(
+        net, {"weight_decay": per_weight(loguniform(1e-6, 1e1))}, algorithm="joint", cv=3, evaluate="hypernetwork",
+        random_state=0,
+    )  # fmt: skip
+    all_of_them = search.fit(*iris).history_["weight_decay"]
+    assert all_of_them.shape[1] == 1_500
+    monkeypatch.setattr(training, "_RECORDED_VALUES", 1_500 * len(all_of_them) - 1)
+    some = search.fit(*iris).history_["weight_decay"]
+    assert some.shape == (len(all_of_them), 1_000)
+    assert set(map(tuple, some.T)) <= set(map(tuple, all_of_them.T))
 
 
 @pytest.mark.slow

@@ -274,6 +274,18 @@ def test_a_layer_that_recurs_runs_wherever_it_stands(batch: Batch, build):
     assert_close(trained[0], module.eval()(x[0]))
 
 
+def test_layers_that_share_a_weight_keep_it(batch: Batch):
+    """Two layers, one parameter: it has the first one's name only."""
+    module = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 3)).double()
+    module[2].weight = module[0].weight
+    objective = Objective(module, cross_entropy)
+    assert objective.D == 4 * 4 + 4 + 4 + 4 * 3 + 3
+    w = torch.stack([objective.initial_weights(), objective.initial_weights() + 0.1])
+    outputs = objective.predict(w, batch.x[:1].double().repeat(2, 1, 1))
+    assert_close(outputs[0], module(batch.x[0].double()))
+    assert not torch.equal(outputs[0], outputs[1])
+
+
 def test_a_linear_layer_that_recurs_keeps_its_one_weight(batch: Batch):
     torch.manual_seed(0)
     shared = nn.Linear(4, 4)

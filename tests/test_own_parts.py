@@ -124,6 +124,11 @@ def test_mixup_mixes_rows_and_losses():
     mixed = objective.predict(w, (1 - share) * batch.x + share * batch.x[:, other])
     by_hand = (1 - share) * cross_entropy(mixed, batch.y) + share * cross_entropy(mixed, batch.y[:, other])
     assert_allclose(loss.detach(), by_hand.mean(dim=1).detach(), rtol=1e-5)
+    torch.manual_seed(3)
+    weight = torch.tensor([[1.0, 2.0, 0.5, 1.0, 0.5]])
+    weighted = objective.train_loss(w, {}, batch._replace(weight=weight))
+    own, others = weight * cross_entropy(mixed, batch.y), weight[:, other] * cross_entropy(mixed, batch.y[:, other])
+    assert_allclose(weighted.detach(), ((1 - share) * own + share * others).mean(dim=1).detach(), rtol=1e-5)
     off = Objective(nn.Linear(4, 3), squared_error, fixed={"mixup": 0.0})
     y = torch.randn(1, 5, 3)
     w = off.initial_weights()[None]

@@ -175,6 +175,18 @@ def test_a_fit_that_fails_leaves_the_results_of_the_one_before(iris):
     assert not {"history_", "best_response_"} & vars(fresh).keys()
 
 
+def test_what_is_part_of_the_prediction_is_refused(iris, no_training):
+    """The validation loss depends on it beside the weights."""
+
+    @model_factory
+    def leaky(n: int, m: int, *, leak: float = 0.01) -> nn.Module:
+        return nn.Sequential(nn.Linear(n, 8), nn.LeakyReLU(leak), nn.Linear(8, m))
+
+    net = TorchClassifier(leaky, max_epochs=2, random_state=0)
+    with pytest.raises(ValueError, match=r"\['module__leak'\]: the module reads it in eval mode"):
+        search(estimator=net, param_distributions={"module__leak": uniform(0, 1)}).fit(*iris)
+
+
 def test_keywords_of_no_module_are_refused_with_what_to_do(iris):
     with pytest.raises(ValueError, match=r"\['module__dropout'\]: module is None.*module=MLP\(\)"):
         search(estimator=TorchClassifier(), param_distributions={"module__dropout": uniform(0, 0.5)}).fit(*iris)

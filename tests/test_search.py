@@ -189,7 +189,7 @@ def test_refit_and_several_metrics_are_scikit_learns(iris, refit):
 def test_a_failing_candidate_gets_the_error_score(iris):
     """A setting that diverges when retrained is scored as told; if every one fails, that is an error."""
     failing = TorchClassifier(MLP(hidden=(8,)), max_epochs=4, random_state=0)
-    make = {"estimator": failing, "evaluate": "retrain", "max_epochs": 2}
+    make = {"estimator": failing, "evaluate": "retrain", "max_epochs": 3}
 
     def fit(self, X, y, sample_weight=None, own=TorchClassifier.fit):
         if self.label_smoothing == 0:  # the estimator's own setting
@@ -200,11 +200,11 @@ def test_a_failing_candidate_gets_the_error_score(iris):
         patch.setattr(TorchClassifier, "fit", fit)
         patch.setattr("hypertune.search.out_of_corners", lambda space, current: current + torch.tensor([0.0, 0.0, 2.0]))
         with pytest.warns(FitFailedWarning, match="3 fits failed out of a total of 6"):
-            found = search(**make, error_score=-99.0, warmup=0.9).fit(*iris)
+            found = search(**make, error_score=-99.0, hyper_lr=1e-3).fit(*iris)
         assert found.cv_results_["mean_test_score"][1] == -99.0
         assert found.best_index_ == 0
         with pytest.raises(RuntimeError, match="no luck"):
-            search(**make, error_score="raise", warmup=0.9).fit(*iris)
+            search(**make, error_score="raise", hyper_lr=1e-3).fit(*iris)
 
 
 @pytest.mark.parametrize("verbose", [1, 2, 3])
