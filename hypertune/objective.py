@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hypertune.batches import Batch
 from hypertune.losses import CustomLoss, Loss
@@ -478,7 +479,8 @@ class Objective:
                 k: torch.as_tensor(v, dtype=like.dtype, device=like.device).expand(len(x)) for k, v in rates.items()
             }
             forward = partial(self._forward, training=training, buffers=self._buffers[0])
-            return vmap(forward, randomness="same")(named, tensors, x)
+            with sdpa_kernel(SDPBackend.MATH):  # of the kernels of attention the one that is batched over models
+                return vmap(forward, randomness="same")(named, tensors, x)
         outputs, noise = [], rng_state(x.device)
         for i in range(len(x)):
             set_rng_state(noise, x.device)  # the same noise for every model, as in the stacked pass
@@ -499,7 +501,7 @@ class Objective:
         training: bool,
         buffers: dict[str, Tensor],
     ) -> Tensor:
-        with self._set(training, rates):
+        with self._set(training, rates), _no_fast_path():
             args, kwargs = arguments(x, self.inputs)
             state = {**named, **self._constants, **buffers}
             return functional_call(self._modules[training], state, args, kwargs, strict=True)
@@ -520,6 +522,18 @@ class Objective:
         finally:
             for sub, name, value in reversed(changed):
                 setattr(sub, name, value)
+
+
+@contextmanager
+def _no_fast_path() -> Iterator[None]:
+    """In eval mode attention has kernels without a derivative, which vmap hides from torch that one is asked for."""
+    mha = torch.backends.mha
+    enabled = mha.get_fastpath_enabled()
+    try:
+        mha.set_fastpath_enabled(False)
+        yield
+    finally:
+        mha.set_fastpath_enabled(enabled)
 
 
 def flat_weights(module: nn.Module) -> Tensor:

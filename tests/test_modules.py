@@ -82,6 +82,14 @@ class Transformer(nn.Module):
         return self.out(self.layer(self.embed(x)).mean(dim=1))
 
 
+class StackedTransformer(Transformer):
+    """Dropout in the attention is what cannot be stacked."""
+
+    def __init__(self, shape, m, dropout=0.1):
+        super().__init__(shape, m, dropout=0.0)
+        self.out = nn.Sequential(nn.Dropout(dropout), self.out)
+
+
 class Attention(nn.Module):
     def __init__(self, shape, m, dropout=0.1):
         super().__init__()
@@ -165,6 +173,7 @@ MODULES = {
     "lstm": (Sequence, SERIES),
     "gru": (Gru, SERIES),
     "transformer": (Transformer, SERIES),
+    "transformer, stacked": (StackedTransformer, SERIES),
     "attention": (Attention, SERIES),
 }
 
