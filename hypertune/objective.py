@@ -510,14 +510,15 @@ class Objective:
     def _set(self, training: bool, rates: Mapping[str, Value]) -> Iterator[None]:
         """Put the values of factory keywords where they arrive in the module, and leave none of them behind."""
         module, changed = self._modules[training], []
-        for number, dropout in enumerate(self._dropouts if training else (), start=_DROPOUT):
-            dropout.seed = self._seed + number
         try:
             for keyword, rate in rates.items():
                 for path, name, a, b in self.reach[keyword]:
                     sub = module.get_submodule(path)
                     changed.append((sub, name, getattr(sub, name)))
                     setattr(sub, name, a + b * rate)
+            for number, dropout in enumerate(self._dropouts if training else (), start=_DROPOUT):
+                if not is_zero(dropout.p):
+                    dropout.seed = self._seed + number
             yield
         finally:
             for sub, name, value in reversed(changed):
