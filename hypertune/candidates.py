@@ -16,10 +16,11 @@ from hypertune.retraining import Retrained, retrain
 from hypertune.space import Space
 
 _NOTICEABLE = 0.01  # units of λ
-_SMALL = 60_000  # weights of a setting's models on all folds: one more in the stack costs 3 to 10% of a search
+_SMALL = 60_000  # multiplications for a row by a setting's models on all folds: one more in the stack costs 3 to 10% of a search
 _STRONGER = 1.5  # units of λ: 4.5 times each weight decay
 _WORTHWHILE = 0.02  # of the tuned setting's loss: so much better must another be to be followed
 _ON_THE_LINE = (0.5, 1.5, 2.0, 3.0)  # times as far from the tuned setting as the best one
+_ON_THE_LINE_OF_LARGE = (2.0, 3.0)  # where each costs a fit on every fold
 
 
 def distinct(tuned: Tensor, start: Tensor | None, current: Tensor) -> list[Tensor]:
@@ -39,10 +40,11 @@ def retrain_candidates(
     more: bool = True,
     watched: bool = False,
 ) -> tuple[list[Tensor], list[Retrained], tuple[Tensor, Tensor] | None]:
-    """Retrain what :func:`distinct` gave, if that can be stacked, and with ``more``, if the models are small, what may be better.
+    """Retrain what :func:`distinct` gave, if that can be stacked, and with ``more`` what may be better.
 
     That is the tuned setting with all logarithmic hyperparameters e^1.5 times as large, which for penalties is stronger. And
-    where one of all these is better than the tuned setting by 2%, in a second stacked pass, settings on the line from it through the best.
+    where one of all these is better than the tuned setting by 2%, in a second stacked pass, settings on the line from it through the
+    best: fewer, if the models are not small. Where nothing can be stacked, it is the first of these alone, and nothing is retrained here.
 
     Returns
     -------
@@ -53,22 +55,22 @@ def retrain_candidates(
     verified : tuple of Tensor of shape (C, n) and Tensor of shape (C,), or None
         λ of what was given, and the validation losses, mean over folds.
     """
-    more = more and objective.D * len(folds) <= _SMALL
     if watched and not more:
         return candidates, [], None
+    line = _ON_THE_LINE if objective.cost * len(folds) <= _SMALL else _ON_THE_LINE_OF_LARGE
     tuned, given, tried = candidates[0], len(candidates), candidates
     if more:
         tried = [*tried, *_new([space.clip(tuned + _STRONGER * space.log)], tried)]
     first = retrain(space, prefix, folds, objective, torch.stack(tried))
     if first is None:
-        return candidates, [], None
+        return tried, [], None
     retrained, losses = [first], first.validation_losses(folds)
     if more and losses[0] - losses.min() > _WORTHWHILE * losses[0].abs():
         towards = first.lam[losses.argmin()] - tuned
-        if line := _new([space.clip(tuned + times * towards) for times in _ON_THE_LINE], tried):
-            second = retrain(space, prefix, folds, objective, torch.stack(line), seed=first.seed)
+        if further := _new([space.clip(tuned + times * towards) for times in line], tried):
+            second = retrain(space, prefix, folds, objective, torch.stack(further), seed=first.seed)
             assert second is not None  # the first could be
-            tried, retrained = [*tried, *line], [first, second]
+            tried, retrained = [*tried, *further], [first, second]
             losses = torch.cat([losses, second.validation_losses(folds)])
     added = [lam for lam, loss in zip(tried[given:], losses[given:], strict=True) if loss.isfinite()]
     # Those that were added say less of how far a response is off: they were chosen by their losses, and lie on one line.

@@ -23,6 +23,7 @@ noise, dropout or smoothing.
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from hypertune.batches import Batch
 from hypertune.losses import CustomLoss, Loss
@@ -128,11 +130,14 @@ class Objective:
     ----------
     D : int
         Number of trained weights.
+    cost : int
+        Multiplications by weights for one row, as :meth:`try_stacking` counted them, but not less than D: a convolution has more.
     stacked : bool
         Whether M models share one vmapped pass. Set to False by :meth:`try_stacking` for modules that cannot.
     has_statistics : bool
-        Whether training writes into buffers (BatchNorm's running statistics), as :meth:`try_stacking` found out. They are kept
-        for each fold.
+        Whether training writes into buffers (BatchNorm's running statistics), as :meth:`try_stacking` found out.
+    statistics : dict from str to Tensor of shape (models, ...)
+        These buffers, for each fold or each model of a fold; and those that are the same for all.
     """
 
     def __init__(
@@ -156,7 +161,7 @@ class Objective:
         self.stacked = True
         self.has_statistics = bool(list(module.buffers()))
         self._modules = {training: with_tensor_dropout(module).train(training) for training in (True, False)}
-        self._layers = {training: plain_layers(copy) for training, copy in self._modules.items()}
+        self._layers = {training: plain_layers(own) for training, own in self._modules.items()}
         self._dropouts = [sub for sub in self._modules[True].modules() if isinstance(sub, TensorDropout)]
         self._seed = 0
         parameters = {k: p for k, p in module.named_parameters() if p.requires_grad}
@@ -164,7 +169,7 @@ class Objective:
         self._sizes = [p.numel() for p in parameters.values()]
         self._constants = {k: p.detach() for k, p in module.named_parameters() if not p.requires_grad}
         self.keep_statistics_of(folds)
-        self.D = sum(self._sizes)
+        self.D = self.cost = sum(self._sizes)
         self._like = next(iter(parameters.values()), torch.zeros(0)).detach().new_empty(0)
         self._penalised = [k for k, p in parameters.items() if p.dim() > 1 or penalise_biases]
         self.fixed: dict[str, Any] = {name: self._as_fixed(name, value) for name, value in (fixed or {}).items()}
@@ -177,12 +182,21 @@ class Objective:
 
     def keep_statistics_of(self, models: int) -> None:
         """Begin with the module's own buffers for so many models, each of which keeps its own from here on."""
-        own = dict(self._modules[True].named_buffers())
-        self._buffers = [{k: b.detach().clone() for k, b in own.items()} for _ in range(models)]
+        own = {k: b.detach()[None].expand(models, *b.shape) for k, b in self._modules[True].named_buffers()}
+        self.statistics = {k: b.clone() for k, b in own.items()} if self.has_statistics else own
+        self._models, self._each = models, 1
 
     def forget_statistics_but_of(self, folds: int) -> None:
         """Let go of the buffers of all but the first so many models."""
-        del self._buffers[folds:]
+        self.statistics = {k: b[:folds].clone() for k, b in self.statistics.items()}
+
+    def with_statistics_of(self, folds: int, each: int, statistics: Mapping[str, Tensor] | None = None) -> Objective:
+        """The same, for so many models of each of so many folds: with their buffers (folds × each, ...), or the module's own."""
+        other = copy.copy(self)
+        other.keep_statistics_of(folds * each)
+        other._each = each
+        other.statistics.update(statistics or {})
+        return other
 
     def forget_weights(self) -> None:
         """Make the module's own parameters zeros that take no memory: for a caller who has weights of its own."""
@@ -284,9 +298,10 @@ class Objective:
             return float(value)
         return torch.as_tensor(np.asarray(value), dtype=like.dtype, device=like.device)[None]
 
-    def load_into(self, module: nn.Module, w: Tensor, fold: int = 0) -> nn.Module:
-        """Copy one model's weights w (D,) and its fold's buffers into a module of the same architecture."""
-        state = {**self._buffers[fold], **self._constants, **self.named(w.detach())}
+    def load_into(self, module: nn.Module, w: Tensor, model: int = 0) -> nn.Module:
+        """Copy the weights w (D,) of a model and its buffers, by its number, into a module of the same architecture."""
+        buffers = {k: b[model] for k, b in self.statistics.items()}
+        state = {**buffers, **self._constants, **self.named(w.detach())}
         if (names := {name for name, _ in module.named_parameters()}) != self._shapes.keys() | self._constants.keys():
             raise ValueError(
                 f"The factory built a module with other parameters than before: {sorted(names)} and not {sorted(self._shapes)}."
@@ -312,7 +327,8 @@ class Objective:
             parameter name to a tensor that broadcasts to it (M, ...), and the input noise (M, features).
         batch : Batch of M × B rows
         keep_statistics : bool, default=True
-            Whether the running statistics of normalisation layers, if there are any, are updated by this pass.
+            Whether the running statistics of normalisation layers, if there are any, are updated by this pass: where they are kept
+            for as many models as M.
 
         Returns
         -------
@@ -395,7 +411,7 @@ class Objective:
     def valid_loss(self, w: Tensor, batch: Batch, *, fold: int | None = None) -> Tensor:
         """Validation loss of each model, (M, D) → (M,): mean over rows, no noise, no penalty, module in eval mode.
 
-        ``fold`` says whose buffers to use if all M models belong to one fold.
+        ``fold`` says whose buffers to use if all M models belong to one fold: one set for all of them, or one for each.
         """
         return self._mean_loss(self._outputs(self.named(w), batch.x, {}, training=False, fold=fold), batch, 0.0)
 
@@ -414,19 +430,24 @@ class Objective:
             A setting of the tuned hyperparameters.
         """
         w = self.initial_weights().expand(2, -1)
-        if self._buffers[0]:
-            before = {k: b.clone() for k, b in self._buffers[0].items()}
-            with torch.no_grad():
-                self._outputs(self.named(w[:1]), x[None], values, training=True, fold=0)
-            self.has_statistics = any(not torch.equal(before[k], b) for k, b in self._buffers[0].items())
-            self._buffers[0].update(before)
-        if self.has_statistics:  # they are written in place, which vmap cannot do
-            self.stacked = False
-            return
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            self._outputs(self.named(w[:1]), x[None], values, training=False, fold=0)
+        self.cost = max(self.D, counter.get_total_flops() // (2 * len(x)))
         tensors = {k: w.new_tensor([v, v]) for k, v in values.items()}
+        one, two, noise = self.with_statistics_of(1, 1), self.with_statistics_of(1, 2), rng_state(x.device)
+        if self.statistics:
+            with torch.no_grad():
+                one._outputs(one.named(w[:1]), x[None], values, training=True)
+            before = self.with_statistics_of(1, 1).statistics
+            self.has_statistics = any(not torch.equal(before[k], b) for k, b in one.statistics.items())
+            two.has_statistics = self.has_statistics
+            self.keep_statistics_of(self._models)
         try:
             for training in (True, False):
-                self._outputs(self.named(w), x.expand(2, *x.shape), tensors, training=training)
+                set_rng_state(noise, x.device)
+                two._outputs(two.named(w), x.expand(2, *x.shape), tensors, training=training)
+                for k, b in one.statistics.items():
+                    torch.testing.assert_close(two.statistics[k], b.expand_as(two.statistics[k]), rtol=1e-3, atol=1e-5)
         except Exception as error:
             self.stacked = False
             why = (str(error).partition(" We don't support")[0].splitlines() or [type(error).__name__])[0]
@@ -478,28 +499,40 @@ class Objective:
             tensors = {
                 k: torch.as_tensor(v, dtype=like.dtype, device=like.device).expand(len(x)) for k, v in rates.items()
             }
-            forward = partial(self._forward, training=training, buffers=self._buffers[0])
+            forward = partial(self._forward, training=training)
+            in_dims = (0, 0, 0, 0 if self.has_statistics else None)
+            buffers = self._statistics_of(len(x), fold, keep) if self.has_statistics else self._constant_buffers()
             with sdpa_kernel(SDPBackend.MATH):  # of the kernels of attention the one that is batched over models
-                return vmap(forward, randomness="same")(named, tensors, x)
-        outputs, noise = [], rng_state(x.device)
+                return vmap(forward, in_dims, randomness="same")(named, tensors, x, buffers)
+        outputs, noise, buffers = [], rng_state(x.device), self._statistics_of(len(x), fold, keep)
         for i in range(len(x)):
             set_rng_state(noise, x.device)  # the same noise for every model, as in the stacked pass
             own = {k: p[i] for k, p in named.items()}
             numbers = {k: float(v[i] if isinstance(v, Tensor) and v.dim() else v) for k, v in rates.items()}
-            buffers = self._buffers[i * len(self._buffers) // len(x) if fold is None else fold]
-            if training and not keep:
-                buffers = {k: b.clone() for k, b in buffers.items()}
-            outputs.append(self._forward(own, numbers, x[i], training=training, buffers=buffers))
+            outputs.append(self._forward(own, numbers, x[i], {k: b[i] for k, b in buffers.items()}, training=training))
         return torch.stack(outputs)
+
+    def _statistics_of(self, models: int, fold: int | None, keep: bool) -> dict[str, Tensor]:
+        """Buffers of M models, (M, ...): those that are kept, where there are as many and they are to be; else copies."""
+        own = slice(None) if fold is None else slice(fold * self._each, (fold + 1) * self._each)
+        found = {}
+        for k, kept in self.statistics.items():
+            b = kept[own]
+            repeated = b[:models] if models <= len(b) else b.repeat_interleave(models // len(b), dim=0)
+            found[k] = repeated if keep else repeated.clone()
+        return found
+
+    def _constant_buffers(self) -> dict[str, Tensor]:
+        return {k: b[0] for k, b in self.statistics.items()}
 
     def _forward(
         self,
         named: dict[str, Tensor],
         rates: Mapping[str, Value],
         x: Tensor,
+        buffers: dict[str, Tensor],
         *,
         training: bool,
-        buffers: dict[str, Tensor],
     ) -> Tensor:
         with self._set(training, rates), _no_fast_path():
             args, kwargs = arguments(x, self.inputs)

@@ -202,8 +202,8 @@ class BestResponse:
         if self.verified is None:
             raise ValueError(
                 "No retrained candidates are known to this response, so that nobody knows how far it is off. They are known where the "
-                "search may retrain them in one stacked pass: a module that can be stacked (no BatchNorm, no recurrent layers, no skorch "
-                'net), an optimizer such as Adam or SGD, evaluate="retrain", and (of all but small models) no callback and no verbose estimator.'
+                "search may retrain them in one stacked pass: a module that can be stacked (no recurrent layers, no skorch net), an "
+                'optimizer such as Adam or SGD, evaluate="retrain", and with start="estimator" no callback and no verbose estimator.'
             )
         settings, losses = self.verified
         deviations = self._standard_deviations(settings)

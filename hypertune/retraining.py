@@ -41,9 +41,10 @@ class Retrained:
     lam : Tensor of shape (C, n)
     weights : ndarray of shape (K, C, D)
         Worker processes map one copy into their memory.
-    curves : Tensor of shape (epochs, K, C)
+    curves : Tensor of shape (K, C, epochs)
         Mean training loss of each epoch.
     objective : Objective
+        With running statistics of all of them, if there are any.
     keys : list of K str
         Fingerprints of the folds' training rows.
     n_outputs : int
@@ -82,12 +83,12 @@ class Retrained:
         if not len(found):
             return False
         k, c = self.keys.index(key), int(found[0])
-        curve = self.curves[:, k, c]
+        curve = self.curves[k, c]
         if not curve.isfinite().all():
             return False  # it fails in its own fit, with its own message
         with isolated(0, net.device):
             module = net._build_module()
-        net._adopt(self.objective.load_into(module, torch.tensor(self.weights[k, c]), k))
+        net._adopt(self.objective.load_into(module, torch.tensor(self.weights[k, c]), k * len(self.lam) + c))
         net.loss_curve_ = curve.tolist()
         return True
 
@@ -125,20 +126,28 @@ def retrain(
         if trained is None:
             return None
         parts.append(trained)
-    weights, curves = parts[0]
-    if len(parts) > 1:
-        order = torch.tensor([k for group in alike.values() for k in group]).argsort()
-        weights = torch.cat([part[0] for part in parts])[order.to(weights.device)]
-        curves = torch.cat([part[1] for part in parts], dim=1)[:, order.to(weights.device)]
+    order = torch.tensor([k for group in alike.values() for k in group]).argsort()
+
+    def of_folds(pieces: list[Tensor]) -> Tensor:
+        """Of the groups one after the other, (some folds, C, ...), → (K, C, ...)."""
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)[order.to(pieces[0].device)]
+
+    weights, curves = of_folds([part[0] for part in parts]), of_folds([part[1] for part in parts])
+    kept = {k: of_folds([part[2][k] for part in parts]).flatten(0, 1) for k in parts[0][2]}
+    objective = objective.with_statistics_of(K, C, kept)
     keys = [fingerprint(*fold.train[:3]) for fold in folds]
     return Retrained(space, prefix, lam, weights.cpu().numpy(), curves.cpu(), objective, keys, net.n_outputs_, seed)
 
 
 def _train(
     space: Space, prefix: str, folds: list[Fold], objective: Objective, lam: Tensor, epochs: int, seed: int
-) -> tuple[Tensor, Tensor] | None:
-    """Weights (K, C, D) and curves (epochs, K, C) on folds with as many minibatches; None under an optimizer that sees all weights."""
+) -> tuple[Tensor, Tensor, dict[str, Tensor]] | None:
+    """Weights (K, C, D), curves (K, C, epochs) and running statistics (K, C, ...) on folds with as many minibatches.
+
+    None under an optimizer that sees all weights.
+    """
     net, K, C = folds[0].net, len(folds), len(lam)
+    objective = objective.with_statistics_of(K, C)
     stream = Minibatches([fold.train for fold in folds], net.batch_size, seed=seed)
     per_epoch = stream.steps_per_epoch
     with isolated(seed, net.device):
@@ -152,11 +161,12 @@ def _train(
         hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
         if type(optimizer) not in _ELEMENTWISE or hooks:
             return None
-        curves = torch.zeros(epochs, K, C, device=w.device, dtype=w.dtype)
+        curves = torch.zeros(K, C, epochs, device=w.device, dtype=w.dtype)
         for number in range(epochs * per_epoch):
             loss = objective.train_loss(w.flatten(0, 1), values, next(stream).repeat(C)).view(K, C)
             (w.grad,) = torch.autograd.grad(loss.sum(), w)
             optimizer.step()
             schedule.step()
-            curves[number // per_epoch] += loss.detach() / per_epoch
-    return w.detach(), curves
+            curves[..., number // per_epoch] += loss.detach() / per_epoch
+    kept = objective.statistics if objective.has_statistics else {}
+    return w.detach(), curves, {k: b.unflatten(0, (K, C)) for k, b in kept.items()}

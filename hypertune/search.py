@@ -88,7 +88,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
         first, or at the estimator's own setting. If regularisation leaves nothing but a constant prediction there, "screened" begins
         again, nearer to the middle of the distributions. Screened are small models only, for which that is nearly free, that can be stacked;
         and not with ``evaluate="hypernetwork"``, ``algorithm="global"``, skorch nets or weights of rows.
-        "estimator" verifies that setting and the tuned one only.
+        "screened" verifies stronger penalties, too; "estimator" that setting and the tuned one only.
     evaluate : {"retrain", "hypernetwork"}, default="retrain"
         How the candidates are scored: by retraining each from scratch on every fold, or (the paper's return value, for
         the tuned setting only) by the weights that the hypernetwork gives, which retrains nothing.

@@ -20,7 +20,9 @@ from hypertune.response import Fold
 from hypertune.retraining import retrain
 from hypertune.space import Space
 
-_SCREENED_WEIGHTS = 600_000  # beyond it the models of a screening cost what each would alone
+_SCREENED = (
+    600_000  # multiplications for a row by all models: beyond it those of a screening cost what each would alone
+)
 _LINE = (0.4, 0.5, 0.6, 0.7)  # quantiles
 _SCREENED_STEPS = 150  # a screening is at least so long, or as long as a fit
 _SCREENED_SHARE = 1 / 3
@@ -44,7 +46,7 @@ def screen(space: Space, prefix: str, folds: list[Fold], objective: Objective, c
     as_they_are = torch.where(log, line, current)
     up = torch.where(log, line[1:3], quarter) if log.any() else quarter
     settings = torch.cat([as_they_are, current[None], up])
-    affordable = _SCREENED_WEIGHTS // (len(settings) * objective.D)
+    affordable = _SCREENED // (len(settings) * objective.cost)
     if not affordable:
         return None
     folds, net = folds[:affordable], folds[0].net

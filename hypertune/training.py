@@ -38,7 +38,7 @@ from hypertune.tunable import arrangements, find_reaches
 
 _VALID_BATCH = 256
 _MOST_INITS = 3
-_INITS_WEIGHTS = 75_000  # of all folds and initial weights together; beyond it another copy costs what it would alone
+_INITS = 75_000  # multiplications for a row by all folds and initial weights; beyond it another copy costs what it would alone
 _FULL_PACE = 1_200  # training steps: in longer runs λ̂ is the slower, since the weights need the longer to respond
 _RECORDS = 50
 _RECORDED_ROWS = 1_000  # of each fold's validation rows
@@ -95,7 +95,7 @@ def hyper_train(
     with isolated(seed, net.device):
         if n_inits is None:
             several = objective.stacked and not recipe.implicit.any()
-            n_inits = min(_MOST_INITS, _INITS_WEIGHTS // (K * objective.D)) if several else 1
+            n_inits = min(_MOST_INITS, _INITS // (K * objective.cost)) if several else 1
         models = folds * max(n_inits, 1)
         w0 = torch.stack([flat_weights(fold.net._build_module()) for fold in models])
         lam_hat = start.to(w0, copy=True)

@@ -92,10 +92,18 @@ def test_logarithmic_hyperparameters_alone_are_made_stronger_and_a_line_moves_al
     assert verified(lambda lam: lam[:, 0], space={"module__dropout": uniform(0, 0.5)}, lams=rate)[1] == [2]
 
 
-def test_of_models_that_cost_time_nothing_more_is_retrained(verified):
+def test_of_models_that_cost_time_less_of_a_line_is_retrained(verified):
     large = clone(NET).set_params(module=MLP(hidden=(150, 150)))  # 3 × 23,853 weights
-    assert verified(away(0.0), net=large)[1] == [4]
-    assert verified(away(0.0), net=large.set_params(module=MLP(hidden=(130, 130))))[1][0] == 5  # 3 × 18,073
+    assert verified(away(-5.0), net=large)[:2] == ([*FIRST, -5.0, -3.5], [5, 2])
+    assert verified(away(-5.0), net=large.set_params(module=MLP(hidden=(130, 130))))[1] == [5, 4]  # 3 × 18,073
+
+
+def test_what_cannot_be_stacked_has_one_candidate_more_and_is_not_retrained_here(verified):
+    recurrent = clone(NET).set_params(
+        optimizer=torch.optim.Rprop
+    )  # as good as: it is not known to move each number by itself
+    assert verified(away(-5.0), net=recurrent) == (FIRST, [], None)
+    assert verified(away(-5.0), net=recurrent, more=False) == (FIRST[:4], [], None)
 
 
 def test_asked_for_no_more_there_is_none(verified):

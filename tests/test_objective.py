@@ -130,13 +130,59 @@ def test_the_users_module_is_never_changed(batch: Batch):
 def test_running_statistics_are_kept_per_fold(batch: Batch):
     net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)).double()
     objective = Objective(net, cross_entropy, folds=2)
+    before = {k: b.clone() for k, b in objective.statistics.items()}
     objective.try_stacking(batch.x[0], {})
-    assert not objective.stacked
+    assert objective.stacked
+    assert all(torch.equal(objective.statistics[k], b) for k, b in before.items())
     w = objective.initial_weights().expand(2, -1)
     rows = Batch(torch.cat([batch.x, batch.x + 5]), torch.cat([batch.y, batch.y]))
     objective.train_loss(w, {}, rows)
     means = [objective.load_into(net, w[0], fold)[1].running_mean.clone() for fold in (0, 1)]
     assert not torch.allclose(*means)
+
+
+def test_running_statistics_of_a_stacked_pass_are_those_of_one_model_after_the_other(batch: Batch):
+    """In training, kept or not; and two models of one fold share what the fold has, or have their own."""
+    net = nn.Sequential(
+        nn.Linear(4, 8),
+        nn.BatchNorm1d(8),
+        nn.Dropout(0.2),
+        nn.ReLU(),
+        nn.BatchNorm1d(8, momentum=0.3),
+        nn.Linear(8, 3),
+    )
+    stacked, looped = Objective(net.double(), cross_entropy, folds=2), Objective(net, cross_entropy, folds=2)
+    looped.stacked = False
+    rows = Batch(torch.cat([batch.x, batch.x + 5]), torch.cat([batch.y, batch.y]))
+    w = torch.randn(4, stacked.D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = []
+    for objective in (stacked, looped):
+        objective.try_stacking(batch.x[0], {}) if objective.stacked else None
+        torch.manual_seed(0)
+        losses = [objective.train_loss(w[:2], {}, rows), objective.train_loss(w[2:], {}, rows)]
+        kept = {k: b.clone() for k, b in objective.statistics.items()}
+        losses.append(objective.train_loss(w[:2], {}, rows, keep_statistics=False))
+        losses.append(objective.train_loss(w, {}, rows.repeat(2), keep_statistics=False))
+        assert all(torch.equal(objective.statistics[k], b) for k, b in kept.items())
+        losses.append(objective.valid_loss(w, batch.repeat(4), fold=1))
+        each = objective.with_statistics_of(2, 2)
+        losses.append(each.train_loss(w, {}, rows.repeat(2)))
+        losses.append(each.valid_loss(w[2:], batch.repeat(2), fold=1))
+        found.append((losses, {**objective.statistics, **{f"each {k}": b for k, b in each.statistics.items()}}))
+    assert_close(*found)
+    assert found[0][1]["1.num_batches_tracked"].tolist() == [2, 2]
+    assert len(found[0][1]["each 1.running_mean"].unique(dim=0)) == 4
+
+
+def test_a_convolution_costs_its_multiplications_and_a_layer_its_weights():
+    x = torch.zeros(2, 1, 8, 8)
+    convolution = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(256, 2))
+    objective = Objective(convolution, cross_entropy)
+    objective.try_stacking(x, {})
+    assert objective.cost == 64 * 9 * 4 + 512
+    objective = Objective(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), cross_entropy)
+    objective.try_stacking(torch.zeros(2, 4), {})
+    assert objective.cost == objective.D
 
 
 def test_a_module_that_cannot_be_stacked_falls_back_with_one_warning(batch: Batch):
@@ -227,14 +273,14 @@ def test_every_model_may_keep_running_statistics_of_its_own(batch: Batch):
     objective.keep_statistics_of(3)
     w = torch.randn(3, objective.D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     objective.train_loss(w, {}, Batch(batch.x[:1].repeat(3, 1, 1), batch.y[:1].repeat(3, 1)))
-    kept = [dict(b) for b in objective._buffers]
+    kept = objective.statistics["1.running_mean"]
     for i in range(3):
         alone = Objective(_normed(), cross_entropy)
         alone.try_stacking(batch.x[0], {})
         alone.train_loss(w[i : i + 1], {}, Batch(batch.x[:1], batch.y[:1]))
-        assert torch.equal(kept[i]["1.running_mean"], alone._buffers[0]["1.running_mean"])
+        assert_close(kept[i], alone.statistics["1.running_mean"][0])
     objective.forget_statistics_but_of(1)
-    assert len(objective._buffers) == 1
+    assert len(objective.statistics["1.running_mean"]) == 1
 
 
 def test_a_criterion_of_torchs_given_as_a_class_weighs_rows(batch: Batch):

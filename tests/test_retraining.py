@@ -78,7 +78,7 @@ def test_what_is_switched_off_draws_no_noise_of_others(iris, module, more):
     for c, setting in enumerate(settings):
         for k, (train, _) in enumerate(StratifiedKFold(3).split(X, y)):
             alone = clone(net).set_params(**setting).fit(X[train], y[train])
-            assert_allclose(curves[:, k, c], alone.loss_curve_, rtol=1e-9)
+            assert_allclose(curves[k, c], alone.loss_curve_, rtol=1e-9)
 
 
 def test_a_retrained_net_knows_its_losses(iris):
@@ -173,7 +173,7 @@ def test_folds_of_other_sizes_are_screened_and_retrained_as_single_fits_would_be
     net = clone(NET).set_params(batch_size=1024, lr=0.05, dtype="float64", max_epochs=30)
     space = {"weight_decay": loguniform(1e-6, 1e1)}
     found = Keeping(net, space, cv=splits, scoring="neg_log_loss", random_state=0).fit(X, y)
-    curves = retrain(*found.setup[:4], found.setup.current[None]).curves[:, :, 0]
+    curves = retrain(*found.setup[:4], found.setup.current[None]).curves[:, 0]
     assert len(found.cv_results_["params"]) >= 4
     assert used.count(True) == 3 * len(found.cv_results_["params"])
     for row, params in enumerate(found.cv_results_["params"]):
@@ -182,7 +182,7 @@ def test_folds_of_other_sizes_are_screened_and_retrained_as_single_fits_would_be
             loss = log_loss(y[valid], alone.predict_proba(X[valid]), labels=[1, 2])
             assert -found.cv_results_[f"split{k}_test_score"][row] == pytest.approx(loss, rel=1e-6)
             if params["weight_decay"] == pytest.approx(1e-6):  # the estimator's own
-                assert_allclose(curves[:, k], alone.loss_curve_, rtol=1e-6)
+                assert_allclose(curves[k], alone.loss_curve_, rtol=1e-6)
 
 
 class Normed(nn.Sequential):
@@ -190,7 +190,38 @@ class Normed(nn.Sequential):
         super().__init__(nn.Linear(n, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, m))
 
 
-@pytest.mark.parametrize("change", [{"module": Normed}, {"verbose": 1}])
+@pytest.mark.parametrize("batch_size", [16, 1024])  # 1024: folds of 67, 66 and 67 rows are groups of their own
+def test_running_statistics_are_those_of_single_fits(iris, used, batch_size):
+    X, y = iris[0][50:], iris[1][50:]
+    splits = [list(StratifiedKFold(3).split(X, y))[k] for k in (1, 0, 2)]
+    net = clone(NET).set_params(module=Normed, batch_size=batch_size, dtype="float64", max_epochs=20)
+    space = {"weight_decay": loguniform(1e-6, 1e1), "input_noise": uniform(0, 1)}
+    found = search(net, space, cv=splits, scoring="neg_log_loss", start="screened").fit(X, y)
+    assert len(found.cv_results_["params"]) >= 4
+    assert used == [True] * 3 * len(found.cv_results_["params"]) + [False]
+    for row, params in enumerate(found.cv_results_["params"]):
+        for k, (train, valid) in enumerate(splits):
+            alone = clone(net).set_params(**params).fit(X[train], y[train])
+            loss = log_loss(y[valid], alone.predict_proba(X[valid]), labels=[1, 2])
+            assert -found.cv_results_[f"split{k}_test_score"][row] == pytest.approx(loss, rel=1e-6)
+    lam, losses = found.best_response_.verified
+    first = -found.cv_results_["mean_test_score"][: len(lam)]
+    assert_allclose(losses, first, rtol=1e-6)  # on the statistics of each candidate and fold
+    band = found.best_response_.validation_band("weight_decay", [found.best_response_.params["weight_decay"]])
+    assert band[0, 0] <= found.best_response_.validation_loss() <= band[0, 1]
+
+
+class Recurrent(nn.Module):
+    def __init__(self, n, m):
+        super().__init__()
+        self.rnn, self.out = nn.GRU(1, 4, batch_first=True), nn.Linear(4, m)
+
+    def forward(self, x):
+        return self.out(self.rnn(x[..., None])[0][:, -1])
+
+
+@pytest.mark.filterwarnings("ignore:The folds are trained one after the other")
+@pytest.mark.parametrize("change", [{"module": Recurrent}, {"verbose": 1}])
 def test_where_they_cannot_be_stacked_each_is_fitted_alone(iris, used, change, capsys):
     net = clone(NET).set_params(**change)
     found = search(net, {"weight_decay": loguniform(1e-6, 1e0)}).fit(*iris)
@@ -205,7 +236,7 @@ def test_each_network_of_a_fold_has_its_own_minibatches_and_statistics(iris, mon
     forget = Objective.forget_statistics_but_of
 
     def noted(self, folds):
-        seen.extend(buffers["1.running_mean"].clone() for buffers in self._buffers)
+        seen.extend(self.statistics["1.running_mean"].clone())
         forget(self, folds)
 
     monkeypatch.setattr(Objective, "forget_statistics_but_of", noted)
@@ -232,7 +263,7 @@ def test_networks_of_a_fold_do_not_share_running_statistics(iris):
         search(net, {"weight_decay": loguniform(1e-6, 1e0)}, n_inits=n, evaluate="hypernetwork").fit(X, y)
         for n in (1, 3)
     )
-    assert len(three.best_response_.objective._buffers) == 3
+    assert len(three.best_response_.objective.statistics["1.running_mean"]) == 3
     assert three.history_["validation_loss"][-1] < 1.5 * one.history_["validation_loss"][-1] + 0.05
 
 

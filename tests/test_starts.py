@@ -100,7 +100,7 @@ def test_a_start_at_either_bound_of_a_logarithmic_range_is_moved_a_third_of_the_
 def test_large_models_are_not_screened(iris):
     net = clone(NET).set_params(module=MLP(hidden=(512, 512)), max_epochs=1)
     found = search(net, {"weight_decay": loguniform(1e-6, 1e1)}, start="screened").fit(*iris)
-    assert len(found.cv_results_["params"]) == 2
+    assert len(found.cv_results_["params"]) == 3  # tuned, the estimator's own, stronger
 
 
 def test_mid_sized_ones_are_screened_on_as_many_folds_as_are_cheap(iris, monkeypatch):
@@ -138,7 +138,7 @@ def test_a_watched_search_is_screened_and_verified_like_another(iris, used, caps
 def test_from_a_start_where_the_model_is_dead_the_search_begins_again(iris, monkeypatch):
     """Where nothing is screened, with a penalty that leaves nothing of the outputs: no slope leads out of there."""
     net = clone(NET).set_params(module=MLP(hidden=(32, 32)), weight_decay=3.0, max_epochs=40, lr=0.02)
-    monkeypatch.setattr("hypertune.starts._SCREENED_WEIGHTS", 0)
+    monkeypatch.setattr("hypertune.starts._SCREENED", 0)
     assert net.fit(*iris).predict_proba(iris[0]).std(axis=0).max() < 1e-3
     space = {"weight_decay": loguniform(1e-6, 1e1), "module__dropout": uniform(0, 0.5)}
     found = search(net, space, scoring="neg_log_loss", start="screened").fit(*iris)
