@@ -69,8 +69,8 @@ class HyperTrainingSearchCV(BaseSearchCV):
         Parameter names, as in ``RandomizedSearchCV``, with continuous distributions: frozen ones of ``scipy.stats``
         (``loguniform``, ``uniform``, ...) or ``optuna.distributions.FloatDistribution``. What can be tuned:
         ``weight_decay``, ``l1``, ``input_noise``, ``label_smoothing``, ``mixup``, ``sample_weight``, the keywords of a ``penalty``
-        and an ``augment`` function, and every ``module__…`` keyword that sets a dropout rate or another number which the forward
-        pass reads. The penalties may have a value for each layer, unit, weight or feature, with
+        and an ``augment`` function, and every ``module__…`` keyword that sets a dropout rate or another number which only training
+        reads. The penalties may have a value for each layer, unit, weight or feature, with
         :func:`per_layer`, :func:`per_unit`, :func:`per_weight`, :func:`per_feature` around the distribution. Of a skorch net ``optimizer__weight_decay``, ``criterion__label_smoothing`` and ``module__…``.
     algorithm : {"auto", "joint", "global", "simplified", "implicit", "t1t2", "unrolled", "forward", "hybrid"} or instance, \
             default="auto"
