@@ -57,7 +57,7 @@ class Budget(NamedTuple):
     epochs: int
 
 
-BUDGETS = {"smoke": Budget(150, 2), "full": Budget(50_000, 15)}
+BUDGETS = {"smoke": Budget(150, 6), "full": Budget(50_000, 15)}
 NETWORKS: dict[str, tuple[int, ...]] = {"784-10": (), "784-100-10": (100,), "784-100-100-10": (100, 100)}
 GRID = tuple(float(f"{10**e:.3g}") for e in np.arange(-6, -2.9, 0.5))
 PAPER = {"784-10": 0.039, "784-100-10": 0.013, "784-100-100-10": 0.0105}
