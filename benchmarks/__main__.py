@@ -18,7 +18,7 @@ from benchmarks.relevance import measure_relevance
 from benchmarks.robustness import measure_robustness
 from benchmarks.scaling import measure_scaling
 from benchmarks.solvers import SOLVERS
-from benchmarks.stress import measure_stress
+from benchmarks.stress import CASES, measure_stress
 
 NAMES = {
     "arena": "every solver on every problem at our wall clock; resumes where it was (hours; --problems, --solvers, --patience, --jobs)",
@@ -28,7 +28,7 @@ NAMES = {
     "per-feature": "one weight decay per feature against one for all, nested cross-validation on two tables (3 minutes a seed)",
     "bad-seeds": "our worst seed against random search's median seed, same data, three tables (10 seconds a seed; --jobs)",
     "band": "is the band of a validation curve calibrated? Settings along it, retrained (15 seconds a seed and problem; --jobs)",
-    "stress": "odd estimators, folds and data, against the untouched estimator and ten random settings (3 minutes a seed; --jobs)",
+    "stress": "odd estimators, modules, folds and data, against the untouched estimator and ten random settings (4 minutes a seed; --jobs, --cases)",
     "hypergradients": "every algorithm's hypergradient against the exact one, on four problems (minutes)",
     "peers": "a 20-hyperparameter problem, seconds to a validation loss: ours and other libraries that are installed (minutes)",
     "scaling": "seconds of a search step and memory against 1 to 1,000,000 hyperparameters (minutes)",
@@ -47,6 +47,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--mnist", metavar="DIR", default=None, help="folder of MNIST's IDX files")
     parser.add_argument("--out", metavar="DIR", type=Path, default=_HERE / "out", help="where results go")
     parser.add_argument("--problems", nargs="+", choices=list(ARENA), default=list(ARENA), metavar="PROBLEM")
+    parser.add_argument(
+        "--cases", nargs="+", choices=list(CASES), default=list(CASES), metavar="CASE", help="of stress"
+    )
     parser.add_argument("--solvers", nargs="+", choices=list(SOLVERS), default=list(SOLVERS), metavar="SOLVER")
     parser.add_argument(
         "--patience", type=float, default=1.0, help="others go on to match us for so many times our seconds"
@@ -94,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     elif arguments.name == "band":
         measure_band(arguments.seeds, arguments.jobs, arguments.first_seed)
     elif arguments.name == "stress":
-        measure_stress(arguments.seeds, arguments.jobs, arguments.first_seed)
+        measure_stress(arguments.seeds, arguments.jobs, arguments.first_seed, arguments.cases)
     elif arguments.name == "hypergradients":
         measure_hypergradients(arguments.out, arguments.mnist)
     elif arguments.name == "peers":

@@ -1,7 +1,7 @@
 """Settings that nobody would choose for a benchmark: ours against the untouched estimator and ten random settings, on generated tables.
 
-What is odd is the estimator (its own setting kills the model, its optimizer, batches or epochs are unusual), the folds (of
-different sizes, one split, a time series) or the data (few or unbalanced rows, much noise, hardly any). Random search draws ten
+What is odd is the estimator (its own setting kills the model, its optimizer, batches or epochs are unusual, its module is no MLP), the
+folds (of different sizes, one split, a time series) or the data (few or unbalanced rows, much noise, hardly any). Random search draws ten
 settings from the same space on the same folds, whatever time that takes.
 """
 
@@ -20,7 +20,8 @@ from sklearn.model_selection import KFold, RandomizedSearchCV, ShuffleSplit, Str
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.parallel import Parallel, delayed
 
-from hypertune import MLP, HyperTrainingSearchCV, TorchClassifier, TorchRegressor
+from benchmarks.modules import Convolutions, Normed, Recurrent, Residual, Transformer
+from hypertune import MLP, HyperTrainingSearchCV, TorchClassifier, TorchRegressor, model_factory
 
 _TEST_ROWS = 4_000
 _DRAWS = 10
@@ -36,7 +37,7 @@ class Case:
     make: Callable[..., tuple[np.ndarray, np.ndarray]]
     rows: int
     params: dict[str, Any] = field(default_factory=dict)
-    hidden: Sequence[int] = (64,)
+    module: Any = field(default_factory=lambda: MLP(hidden=(64,)))
     space: dict[str, Any] = field(default_factory=lambda: _FOUR)
     cv: Any = 3
 
@@ -57,14 +58,23 @@ def _curved(noise: float) -> Callable[..., Any]:
     return lambda **rows: make_friedman1(noise=noise, **rows)
 
 
+def _series(n_samples: int, random_state: int) -> tuple[np.ndarray, np.ndarray]:
+    """12 steps of three channels, and three classes: by the level that one has reached, by one step of another, by the end of the third."""
+    rng = np.random.default_rng(random_state)
+    X = rng.standard_normal((n_samples, 12, 3))
+    z = np.tanh(X[:, :, 0].sum(axis=1) / 3) + 0.8 * X[:, 4, 1] + 0.5 * X[:, -3:, 2].sum(axis=1)
+    z += 0.7 * rng.standard_normal(n_samples)
+    return X, (z > 0).astype(int) + (z > 1.2)
+
+
 CASES: dict[str, Case] = {
     "plain": Case(_classes(), 300),
     "own setting kills it": Case(_classes(), 300, {"weight_decay": 3.0}),
     "the same, unequal folds": Case(_classes(), 193, {"weight_decay": 3.0, "max_epochs": 60}),
     "full batch, unequal folds": Case(_classes(), 301, {"batch_size": 1024, "lr": 0.01, "weight_decay": 3.0}),
     "a time series": Case(_classes(), 300, {"weight_decay": 3.0, "max_epochs": 60}, cv=TimeSeriesSplit(5)),
-    "deep, short": Case(_classes(), 200, {"max_epochs": 30}, (128, 128, 128), cv=5),
-    "deep, short, killed": Case(_classes(), 300, {"max_epochs": 30, "weight_decay": 0.3}, (256, 256, 256)),
+    "deep, short": Case(_classes(), 200, {"max_epochs": 30}, MLP(hidden=(128, 128, 128)), cv=5),
+    "deep, short, killed": Case(_classes(), 300, {"max_epochs": 30, "weight_decay": 0.3}, MLP(hidden=(256, 256, 256))),
     "one split": Case(_classes(), 300, cv=ShuffleSplit(1, test_size=0.3, random_state=0)),
     "ten folds": Case(_classes(), 300, cv=10),
     "batches of 16": Case(_classes(), 300, {"batch_size": 16, "max_epochs": 40}),
@@ -74,12 +84,17 @@ CASES: dict[str, Case] = {
     "40 rows": Case(_classes(), 40),
     "moons, 60 rows": Case(lambda **rows: make_moons(noise=0.3, **rows), 60),
     "l1 over 15 decades": Case(_classes(n_features=60), 300, {"max_epochs": 50}, space={"l1": loguniform(1e-12, 1e3)}),
-    "friedman1, hardly any noise": Case(_curved(0.1), 500, hidden=(64, 64), space=_L2),
-    "the same, two penalties": Case(_curved(0.1), 500, hidden=(64, 64), space=_PENALTIES),
-    "friedman1, noise": Case(_curved(1.0), 300, hidden=(64, 64), space=_PENALTIES),
+    "friedman1, hardly any noise": Case(_curved(0.1), 500, module=MLP(hidden=(64, 64)), space=_L2),
+    "the same, two penalties": Case(_curved(0.1), 500, module=MLP(hidden=(64, 64)), space=_PENALTIES),
+    "friedman1, noise": Case(_curved(1.0), 300, module=MLP(hidden=(64, 64)), space=_PENALTIES),
     "linear, 100 features": Case(
-        _line(n_features=100, n_informative=10), 301, {"batch_size": 1024, "lr": 0.03}, (), _PENALTIES
+        _line(n_features=100, n_informative=10), 301, {"batch_size": 1024, "lr": 0.03}, MLP(hidden=()), _PENALTIES
     ),
+    "batch norm": Case(_classes(), 300, {"max_epochs": 40}, model_factory(Normed)),
+    "residual, layer norm": Case(_classes(), 250, {"max_epochs": 40}, model_factory(Residual)),
+    "convolutions, batch norm": Case(_series, 240, {"max_epochs": 40}, model_factory(Convolutions)),
+    "recurrent": Case(_series, 240, {"max_epochs": 40, "lr": 0.01}, model_factory(Recurrent)),
+    "transformer": Case(_series, 240, {"max_epochs": 40}, model_factory(Transformer)),
 }
 
 
@@ -116,18 +131,14 @@ def _seed_of(name: str, seed: int) -> int:
 def _losses(case: Case, seed: int) -> tuple[float, float, float]:
     """Test losses of our search, the estimator's own setting and random search."""
     X, y = case.make(n_samples=case.rows + _TEST_ROWS, random_state=seed)
-    scale = StandardScaler().fit(X[: case.rows])
-    X, X_test, y, y_test = (
-        scale.transform(X[: case.rows]),
-        scale.transform(X[case.rows :]),
-        y[: case.rows],
-        y[case.rows :],
-    )
+    if X.ndim == 2:
+        X = StandardScaler().fit(X[: case.rows]).transform(X)
+    X, X_test, y, y_test = X[: case.rows], X[case.rows :], y[: case.rows], y[case.rows :]
     classes = len(np.unique(y)) < 10
     kind, folds = (TorchClassifier, StratifiedKFold) if classes else (TorchRegressor, KFold)
     scoring = "neg_log_loss" if classes else "neg_mean_squared_error"
     cv = folds(case.cv, shuffle=True, random_state=seed) if isinstance(case.cv, int) else case.cv
-    net = kind(MLP(hidden=case.hidden), random_state=seed, **case.params)
+    net = kind(case.module, random_state=seed, **case.params)
     common: dict[str, Any] = {"cv": cv, "scoring": scoring, "random_state": seed}
     models = (
         HyperTrainingSearchCV(net, case.space, **common),

@@ -1,0 +1,78 @@
+"""Modules that are no MLP, each with a dropout rate, for benchmarks on generated data."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Normed(nn.Sequential):
+    """Two hidden layers with BatchNorm."""
+
+    def __init__(self, n_features_in: int, n_outputs: int, *, dropout: float = 0.1):
+        layers: list[nn.Module] = []
+        for width in (n_features_in, 48):
+            layers += [nn.Linear(width, 48), nn.BatchNorm1d(48), nn.ReLU(), nn.Dropout(dropout)]
+        super().__init__(*layers, nn.Linear(48, n_outputs))
+
+
+class Residual(nn.Module):
+    """Two residual blocks with LayerNorm."""
+
+    def __init__(self, n_features_in: int, n_outputs: int, *, dropout: float = 0.1):
+        super().__init__()
+        self.embed, self.norm, self.out = nn.Linear(n_features_in, 32), nn.LayerNorm(32), nn.Linear(32, n_outputs)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 32), nn.GELU(), nn.Dropout(dropout), nn.Linear(32, 32))
+            for _ in range(2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Rows (B, features)."""
+        h = self.embed(x)
+        for block in self.blocks:
+            h = h + block(h)
+        return self.out(self.norm(h))
+
+
+class Convolutions(nn.Module):
+    """Two convolutions along the series, with BatchNorm."""
+
+    def __init__(self, shape: tuple[int, int], n_outputs: int, *, dropout: float = 0.1):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv1d(shape[1], 12, 5, padding=2), nn.BatchNorm1d(12), nn.ReLU(), nn.MaxPool1d(2),
+            nn.Conv1d(12, 12, 5, padding=2), nn.BatchNorm1d(12), nn.ReLU(), nn.Flatten(), nn.Dropout(dropout),
+            nn.Linear(12 * (shape[0] // 2), n_outputs),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Series (B, T, channels)."""
+        return self.layers(x.transpose(1, 2))
+
+
+class Recurrent(nn.Module):
+    """A GRU, and dropout before the output."""
+
+    def __init__(self, shape: tuple[int, int], n_outputs: int, *, dropout: float = 0.1):
+        super().__init__()
+        self.rnn = nn.GRU(shape[1], 12, batch_first=True)
+        self.dropout, self.out = nn.Dropout(dropout), nn.Linear(12, n_outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Series (B, T, channels)."""
+        return self.out(self.dropout(self.rnn(x)[0][:, -1]))
+
+
+class Transformer(nn.Module):
+    """One encoder layer with learned positions, and dropout before the output."""
+
+    def __init__(self, shape: tuple[int, int], n_outputs: int, *, dropout: float = 0.1):
+        super().__init__()
+        self.embed, self.positions = nn.Linear(shape[1], 16), nn.Parameter(0.1 * torch.randn(shape[0], 16))
+        self.layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        self.dropout, self.out = nn.Dropout(dropout), nn.Linear(16, n_outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Series (B, T, channels)."""
+        return self.out(self.dropout(self.layer(self.embed(x) + self.positions).mean(dim=1)))
