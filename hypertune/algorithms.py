@@ -413,7 +413,7 @@ class PlainOptimizer:
 class TangentOptimizer:
     """w₀ by any torch optimizer, and V by the tangent of that optimizer's own dynamics. The default.
 
-    V has w₀'s preconditioner P (Adam's 1/√v̂, and its like of RMSprop, Adagrad and Adamax; the identity for SGD and any other) and step size α, in normalised form:
+    V has w₀'s preconditioner P (Adam's 1/√v̂, and its like of RMSprop, Adagrad, Adamax and Adadelta; the identity for SGD and any other) and step size α, in normalised form:
 
         V ← V − α Σ_m (f − f̄) ⊗ P G / (Σ_m ‖f − f̄‖² + 2 · average of Σ_m (f − f̄)²),     f̄ the mean over the m samples
 
@@ -479,6 +479,8 @@ def preconditioner(w0: nn.Parameter, optimizer: torch.optim.Optimizer) -> Tensor
         return (squares / bias_correction(group["betas"][1], state["step"], w0)).sqrt_().add_(group["eps"])
     if "exp_inf" in state:  # Adamax
         return state["exp_inf"].clone()
+    if "acc_delta" in state:  # Adadelta
+        return ((state["square_avg"] + group["eps"]) / (state["acc_delta"] + group["eps"])).sqrt_()
     if "square_avg" in state:  # RMSprop
         centre = state["grad_avg"].square() if group.get("centered") else 0.0
         return (state["square_avg"] - centre).clamp_(min=0).sqrt_().add_(group["eps"])

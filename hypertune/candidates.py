@@ -44,7 +44,7 @@ def retrain_candidates(
 
     That is the tuned setting with all logarithmic hyperparameters e^1.5 times as large, which for penalties is stronger. And
     where one of all these is better than the tuned setting by 2%, in a second stacked pass, settings on the line from it through the
-    best: fewer, if the models are not small. Where nothing can be stacked, it is the first of these alone, and nothing is retrained here.
+    best: fewer, if the models are not small.
 
     Returns
     -------
@@ -63,7 +63,7 @@ def retrain_candidates(
         tried = [*tried, *_new([space.clip(tuned + _STRONGER * space.log)], tried)]
     first = retrain(space, prefix, folds, objective, torch.stack(tried))
     if first is None:
-        return tried, [], None
+        return candidates, [], None
     retrained, losses = [first], first.validation_losses(folds)
     if more and losses[0] - losses.min() > _WORTHWHILE * losses[0].abs():
         towards = first.lam[losses.argmin()] - tuned

@@ -315,8 +315,8 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
             weight is None or not np.array_equal(np.asarray(weight)[known], np.asarray(weight)[number])
         ):
             raise ValueError(
-                "Two folds train on equal rows, whose weights in the parameter sample_weight are not equal, and a fit of one fold "
-                "cannot tell which are its own. Leave out repeated rows, or pass sample_weight to fit: it is split with the rows."
+                "Two folds train on equal rows, whose values of the parameter sample_weight are not equal or are to be tuned, and a fit of one "
+                "fold cannot tell which are its own. Leave out repeated rows, or pass sample_weight to fit: it is split with the rows."
             )
 
     def _validated(self, X: Any, y: Any, reset: bool = True) -> tuple[np.ndarray, np.ndarray]:

@@ -41,7 +41,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hypertune.batches import Batch
 from hypertune.losses import CustomLoss, Loss
 from hypertune.modules import Reach, TensorDropout, Value, is_zero, plain_layers, run_layers, with_tensor_dropout
-from hypertune.randomness import rng_state, set_rng_state
+from hypertune.randomness import ONE_AT_A_TIME, rng_state, set_rng_state
 
 # Hyperparameters of the loss itself, with the interval in which each has a meaning.
 LOSS_HYPERPARAMETERS: dict[str, tuple[float, float]] = {
@@ -53,6 +53,9 @@ LOSS_HYPERPARAMETERS: dict[str, tuple[float, float]] = {
     "sample_weight": (0.0, math.inf),
 }
 _AUGMENT, _NOISE, _MIXUP, _DROPOUT = range(4)  # numbers of streams of random numbers; dropout's are that and all beyond
+_CONVOLVED = (
+    1_000_000  # multiplications for a row: larger convolutions are slower together than one after the other, on a CPU
+)
 NO_NOISE = (
     "reaches nothing: all columns of inputs hold whole numbers, which are taken for codes. Scale those that are not."
 )
@@ -134,10 +137,8 @@ class Objective:
         Multiplications by weights for one row, as :meth:`try_stacking` counted them, but not less than D: a convolution has more.
     stacked : bool
         Whether M models share one vmapped pass. Set to False by :meth:`try_stacking` for modules that cannot.
-    has_statistics : bool
-        Whether training writes into buffers (BatchNorm's running statistics), as :meth:`try_stacking` found out.
     statistics : dict from str to Tensor of shape (models, ...)
-        These buffers, for each fold or each model of a fold; and those that are the same for all.
+        Buffers that training writes into (BatchNorm's running statistics), for each fold or each model of a fold.
     """
 
     def __init__(
@@ -159,7 +160,7 @@ class Objective:
         self._noisy: Tensor | float = 1.0 if noisy is None else noisy
         self.reach = dict(reach or {})
         self.stacked = True
-        self.has_statistics = bool(list(module.buffers()))
+        self._written = [k for k, b in module.named_buffers() if b.layout == torch.strided]
         self._modules = {training: with_tensor_dropout(module).train(training) for training in (True, False)}
         self._layers = {training: plain_layers(own) for training, own in self._modules.items()}
         self._dropouts = [sub for sub in self._modules[True].modules() if isinstance(sub, TensorDropout)]
@@ -182,8 +183,9 @@ class Objective:
 
     def keep_statistics_of(self, models: int) -> None:
         """Begin with the module's own buffers for so many models, each of which keeps its own from here on."""
-        own = {k: b.detach()[None].expand(models, *b.shape) for k, b in self._modules[True].named_buffers()}
-        self.statistics = {k: b.clone() for k, b in own.items()} if self.has_statistics else own
+        own = {k: b.detach() for k, b in self._modules[True].named_buffers()}
+        self.statistics = {k: own[k].repeat(models, *(1,) * own[k].dim()) for k in self._written}
+        self._constant_buffers = {k: b for k, b in own.items() if k not in self._written}
         self._models, self._each = models, 1
 
     def forget_statistics_but_of(self, folds: int) -> None:
@@ -203,6 +205,11 @@ class Objective:
         for p in self._modules[True].parameters():
             if p.requires_grad:
                 p.data = p.new_zeros(()).expand(p.shape)
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether training writes into buffers (BatchNorm's running statistics), as :meth:`try_stacking` found out."""
+        return bool(self._written)
 
     @property
     def feels_noise(self) -> bool:
@@ -298,10 +305,16 @@ class Objective:
             return float(value)
         return torch.as_tensor(np.asarray(value), dtype=like.dtype, device=like.device)[None]
 
+    def has_constants_of(self, module: nn.Module) -> bool:
+        """Whether a module of the same architecture has the same frozen weights, and begins with the same buffers."""
+        ours = {**self._constants, **dict(self._modules[True].named_buffers())}
+        theirs = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        return all(_same(b.to_dense(), theirs[k].to_dense()) for k, b in ours.items())
+
     def load_into(self, module: nn.Module, w: Tensor, model: int = 0) -> nn.Module:
         """Copy the weights w (D,) of a model and its buffers, by its number, into a module of the same architecture."""
         buffers = {k: b[model] for k, b in self.statistics.items()}
-        state = {**buffers, **self._constants, **self.named(w.detach())}
+        state = {**buffers, **self._constant_buffers, **self._constants, **self.named(w.detach())}
         if (names := {name for name, _ in module.named_parameters()}) != self._shapes.keys() | self._constants.keys():
             raise ValueError(
                 f"The factory built a module with other parameters than before: {sorted(names)} and not {sorted(self._shapes)}."
@@ -436,18 +449,22 @@ class Objective:
         tensors = {k: w.new_tensor([v, v]) for k, v in values.items()}
         one, two, noise = self.with_statistics_of(1, 1), self.with_statistics_of(1, 2), rng_state(x.device)
         if self.statistics:
+            before = {k: b.clone() for k, b in one.statistics.items()}
             with torch.no_grad():
                 one._outputs(one.named(w[:1]), x[None], values, training=True)
-            before = self.with_statistics_of(1, 1).statistics
-            self.has_statistics = any(not torch.equal(before[k], b) for k, b in one.statistics.items())
-            two.has_statistics = self.has_statistics
+            self._written = [k for k, b in one.statistics.items() if not _same(before[k], b)]
             self.keep_statistics_of(self._models)
+            two = self.with_statistics_of(1, 2)
+        if self._layers[True] is None and x.device.type == "cpu" and self.cost > max(_CONVOLVED, 4 * self.D):
+            self.stacked = False
+            return
         try:
             for training in (True, False):
                 set_rng_state(noise, x.device)
                 two._outputs(two.named(w), x.expand(2, *x.shape), tensors, training=training)
-                for k, b in one.statistics.items():
-                    torch.testing.assert_close(two.statistics[k], b.expand_as(two.statistics[k]), rtol=1e-3, atol=1e-5)
+                for k, b in two.statistics.items():
+                    alone = one.statistics[k].expand_as(b)
+                    torch.testing.assert_close(b, alone, rtol=1e-3, atol=1e-5, equal_nan=True)
         except Exception as error:
             self.stacked = False
             why = (str(error).partition(" We don't support")[0].splitlines() or [type(error).__name__])[0]
@@ -461,11 +478,12 @@ class Objective:
 
     def reads_in_eval_mode(self, x: Tensor, keyword: str, values: Sequence[float]) -> bool:
         """Whether the outputs for rows x (B, ...) in eval mode depend on a factory keyword's value."""
-        named = self.named(self.initial_weights()[None])
-        first, *others = (
-            self._outputs(named, x[None], {keyword: float(value)}, training=False, fold=0) for value in values
-        )
-        return any(not torch.equal(first, other) for other in others)
+        w, noise = self.initial_weights()[None], rng_state(x.device)
+        named, found = self.named(w + 0.1 * torch.randn_like(w)), []  # a layer may begin with zeros
+        for value in values:
+            set_rng_state(noise, x.device)
+            found.append(self._outputs(named, x[None], {keyword: float(value)}, training=False, fold=0))
+        return any(not _same(found[0], other) for other in found[1:])
 
     def _mean_loss(self, outputs: Tensor, batch: Batch, smoothing: Value) -> Tensor:
         if isinstance(self.loss, CustomLoss):  # may return a mean: one model at a time
@@ -500,10 +518,10 @@ class Objective:
                 k: torch.as_tensor(v, dtype=like.dtype, device=like.device).expand(len(x)) for k, v in rates.items()
             }
             forward = partial(self._forward, training=training)
-            in_dims = (0, 0, 0, 0 if self.has_statistics else None)
-            buffers = self._statistics_of(len(x), fold, keep) if self.has_statistics else self._constant_buffers()
-            with sdpa_kernel(SDPBackend.MATH):  # of the kernels of attention the one that is batched over models
-                return vmap(forward, in_dims, randomness="same")(named, tensors, x, buffers)
+            buffers = self._statistics_of(len(x), fold, keep)
+            # Of the kernels of attention the one that is batched over models. The choice is that of the process.
+            with ONE_AT_A_TIME, sdpa_kernel(SDPBackend.MATH):
+                return vmap(forward, randomness="same")(named, tensors, x, buffers)
         outputs, noise, buffers = [], rng_state(x.device), self._statistics_of(len(x), fold, keep)
         for i in range(len(x)):
             set_rng_state(noise, x.device)  # the same noise for every model, as in the stacked pass
@@ -518,12 +536,11 @@ class Objective:
         found = {}
         for k, kept in self.statistics.items():
             b = kept[own]
-            repeated = b[:models] if models <= len(b) else b.repeat_interleave(models // len(b), dim=0)
-            found[k] = repeated if keep else repeated.clone()
+            if models > len(b):
+                found[k] = b.repeat_interleave(models // len(b), dim=0)
+            else:
+                found[k] = b[:models] if keep else b[:models].clone()
         return found
-
-    def _constant_buffers(self) -> dict[str, Tensor]:
-        return {k: b[0] for k, b in self.statistics.items()}
 
     def _forward(
         self,
@@ -536,8 +553,12 @@ class Objective:
     ) -> Tensor:
         with self._set(training, rates), _no_fast_path():
             args, kwargs = arguments(x, self.inputs)
-            state = {**named, **self._constants, **buffers}
-            return functional_call(self._modules[training], state, args, kwargs, strict=True)
+            state = {**named, **self._constants, **self._constant_buffers, **buffers}
+            outputs = functional_call(self._modules[training], state, args, kwargs, strict=True)
+            for k, b in buffers.items():  # a buffer may have been replaced instead of written into
+                if state[k] is not b:
+                    b.copy_(state[k].detach())
+            return outputs
 
     @contextmanager
     def _set(self, training: bool, rates: Mapping[str, Value]) -> Iterator[None]:
@@ -562,12 +583,17 @@ class Objective:
 def _no_fast_path() -> Iterator[None]:
     """In eval mode attention has kernels without a derivative, which vmap hides from torch that one is asked for."""
     mha = torch.backends.mha
-    enabled = mha.get_fastpath_enabled()
-    try:
-        mha.set_fastpath_enabled(False)
-        yield
-    finally:
-        mha.set_fastpath_enabled(enabled)
+    with ONE_AT_A_TIME:  # the choice is that of the process
+        enabled = mha.get_fastpath_enabled()
+        try:
+            mha.set_fastpath_enabled(False)
+            yield
+        finally:
+            mha.set_fastpath_enabled(enabled)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one, other, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def flat_weights(module: nn.Module) -> Tensor:

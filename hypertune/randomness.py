@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from sklearn.utils import check_random_state
 
-_ONE_AT_A_TIME = threading.RLock()
+ONE_AT_A_TIME = threading.RLock()
 
 
 def draw_seed(random_state: Any) -> int:
@@ -56,6 +56,6 @@ def seed_torch(seed: int, device: str = "cpu") -> None:
 def isolated(seed: int, device: str = "cpu") -> Iterator[None]:
     """Seed torch's global generators inside the block and restore them after it, whatever happens."""
     devices = [torch.device(device)] if torch.device(device).type == "cuda" else []
-    with _ONE_AT_A_TIME, torch.random.fork_rng(devices=devices):
+    with ONE_AT_A_TIME, torch.random.fork_rng(devices=devices):
         seed_torch(seed, device)
         yield

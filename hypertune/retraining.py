@@ -144,7 +144,7 @@ def _train(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]] | None:
     """Weights (K, C, D), curves (K, C, epochs) and running statistics (K, C, ...) on folds with as many minibatches.
 
-    None under an optimizer that sees all weights.
+    None under an optimizer that sees all weights, and where a fit would have frozen weights or buffers of its own, drawn at random.
     """
     net, K, C = folds[0].net, len(folds), len(lam)
     objective = objective.with_statistics_of(K, C)
@@ -154,7 +154,10 @@ def _train(
         w0 = []
         for fold in folds:
             seed_torch(seed, net.device)  # each fit begins with it
-            w0.append(flat_weights(fold.net._build_module()))
+            module = fold.net._build_module()
+            if not objective.has_constants_of(module):
+                return None
+            w0.append(flat_weights(module))
         w = nn.Parameter(torch.stack(w0)[:, None].repeat(1, C, 1))
         values = make_values(space, prefix, objective, net)(lam.to(w), K)
         optimizer, schedule = net._make_optimizer([w], epochs * per_epoch)

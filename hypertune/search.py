@@ -58,7 +58,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
     One training run of all folds learns the weights *as a function of the hyperparameters*, and the hyperparameters
     descend the validation loss through that function [1]_. For small models a handful of settings, trained in one stacked
     pass, says where to start. The tuned setting, that start, the middle between them and the estimator's own setting are then
-    retrained from scratch and scored on every fold (of small models that can be stacked also the tuned setting with stronger penalties,
+    retrained from scratch and scored on every fold (of models that can be stacked also the tuned setting with stronger penalties,
     and up to four on the line from it through whichever of these is better), and the best one is refitted on all the data.
 
     Parameters

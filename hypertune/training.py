@@ -195,7 +195,7 @@ def stack(space: Space, prefix: str, folds: list[Fold], n_rows: int, seed: int) 
     with isolated(seed, net.device):
         reaches = find_reaches(net, space, prefix)
         objective = net._make_objective(net._build_module(), reach=reaches, folds=len(folds))
-        x = folds[0].valid.x[:2]
+        x = folds[0].train.x[:2]  # of the validation rows there may be one
         net._check_outputs(objective, x)
         settings = net.get_params()
         for h in space.hyperparameters:

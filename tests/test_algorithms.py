@@ -126,6 +126,7 @@ def test_a_weight_whose_gradients_cancel_is_not_thrown_by_adams_preconditioner()
         lambda w: torch.optim.RMSprop(w, lr=0.1),
         lambda w: torch.optim.RMSprop(w, lr=0.1, centered=True),
         lambda w: torch.optim.Adagrad(w, lr=0.1),
+        lambda w: torch.optim.Adadelta(w, lr=0.1, rho=0.0),
     ],
 )
 def test_the_preconditioner_is_what_the_optimizer_divides_its_gradient_by(make):
@@ -134,7 +135,10 @@ def test_the_preconditioner_is_what_the_optimizer_divides_its_gradient_by(make):
     optimizer = make([w])
     for G in torch.randn(20, 1, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)):
         before, w.grad = w.detach().clone(), G
+        earlier = optimizer.state[w]["acc_delta"].clone() if "acc_delta" in optimizer.state[w] else torch.zeros_like(w)
         optimizer.step()
+        if "acc_delta" in optimizer.state[w]:  # the step was taken with what it was before
+            optimizer.state[w]["acc_delta"].copy_(earlier)
         assert_close(w.detach() - before, -0.1 * G / preconditioner(w, optimizer), rtol=1e-6, atol=1e-9)
     assert is_adaptive(w, optimizer) == (type(optimizer) is not torch.optim.SGD)
 

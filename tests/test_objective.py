@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -174,12 +176,67 @@ def test_running_statistics_of_a_stacked_pass_are_those_of_one_model_after_the_o
     assert len(found[0][1]["each 1.running_mean"].unique(dim=0)) == 4
 
 
+class Averaging(nn.Module):
+    """A buffer that is replaced in training, one that is not, and a sparse one."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 3).double()
+        self.register_buffer("mean", torch.zeros(4, dtype=torch.float64))
+        self.register_buffer("scale", torch.full((4,), 2.0, dtype=torch.float64))
+        self.register_buffer("links", torch.eye(4, dtype=torch.float64).to_sparse())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.mean = 0.5 * self.mean + 0.5 * x.mean(dim=0).detach()
+        return self.linear((x - self.mean) * self.scale)
+
+
+def test_of_buffers_those_that_training_writes_are_kept_per_model(batch: Batch):
+    objective = Objective(Averaging(), cross_entropy, folds=2)
+    objective.try_stacking(batch.x[0], {})
+    assert objective.stacked
+    assert {k: b.shape for k, b in objective.statistics.items()} == {"mean": (2, 4)}
+    rows = Batch(torch.cat([batch.x, batch.x + 5]), torch.cat([batch.y, batch.y]))
+    w = objective.initial_weights().expand(2, -1)
+    objective.train_loss(w, {}, rows)
+    assert_close(objective.statistics["mean"], 0.5 * rows.x.mean(dim=1))
+    trained = objective.load_into(Averaging(), w[0], 1)
+    assert_close(trained.mean, 0.5 * rows.x[1].mean(dim=0))
+    assert_close(trained.links.to_dense(), torch.eye(4, dtype=torch.float64))
+
+
+def test_attention_in_threads_leaves_the_choices_of_the_process(batch: Batch):
+    class Attending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.out = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True, dropout=0.0), nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(self.layer(x[:, None])[:, 0])
+
+    objective = Objective(Attending().double(), cross_entropy)
+    objective.try_stacking(batch.x[0], {})
+    assert objective.stacked
+    w = objective.initial_weights().repeat(3, 1)
+    choices = torch.backends.mha.get_fastpath_enabled, torch.backends.cuda.flash_sdp_enabled
+    before = [choice() for choice in choices]
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda _: [objective.predict(w, batch.x.repeat(3, 1, 1)) for _ in range(20)], range(8)))
+    assert [choice() for choice in choices] == before
+
+
 def test_a_convolution_costs_its_multiplications_and_a_layer_its_weights():
     x = torch.zeros(2, 1, 8, 8)
     convolution = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(256, 2))
     objective = Objective(convolution, cross_entropy)
     objective.try_stacking(x, {})
     assert objective.cost == 64 * 9 * 4 + 512
+    assert objective.stacked
+    large = nn.Sequential(nn.Conv2d(1, 32, 3, padding=1), nn.Flatten(), nn.Linear(32 * 64 * 64, 2))
+    objective = Objective(large, cross_entropy)
+    objective.try_stacking(torch.zeros(2, 1, 64, 64), {})
+    assert not objective.stacked  # on a CPU one after the other is faster
     objective = Objective(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), cross_entropy)
     objective.try_stacking(torch.zeros(2, 4), {})
     assert objective.cost == objective.D

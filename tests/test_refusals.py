@@ -182,9 +182,33 @@ def test_what_is_part_of_the_prediction_is_refused(iris, no_training):
     def leaky(n: int, m: int, *, leak: float = 0.01) -> nn.Module:
         return nn.Sequential(nn.Linear(n, 8), nn.LeakyReLU(leak), nn.Linear(8, m))
 
-    net = TorchClassifier(leaky, max_epochs=2, random_state=0)
-    with pytest.raises(ValueError, match=r"\['module__leak'\]: the module reads it in eval mode"):
-        search(estimator=net, param_distributions={"module__leak": uniform(0, 1)}).fit(*iris)
+    @model_factory
+    def zero(n: int, m: int, *, leak: float = 0.01) -> nn.Module:
+        module = leaky(n, m)
+        nn.init.zeros_(module[2].weight)
+        module[1].negative_slope = leak
+        return module
+
+    for factory in (leaky, zero):
+        net = TorchClassifier(factory, max_epochs=2, random_state=0)
+        with pytest.raises(ValueError, match=r"\['module__leak'\]: the module reads it in eval mode"):
+            search(estimator=net, param_distributions={"module__leak": uniform(0, 1)}).fit(*iris)
+
+
+class Trembling(nn.Module):
+    """Random in eval mode, too."""
+
+    def __init__(self, n: int, m: int, *, dropout: float = 0.1):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(n, 8), nn.Dropout(dropout), nn.Linear(8, m))
+
+    def forward(self, x):
+        return self.layers(x) + 1e-3 * torch.randn(x.shape[0], 1)
+
+
+def test_what_is_random_in_eval_mode_is_not_taken_for_part_of_the_prediction(iris):
+    net = TorchClassifier(model_factory(Trembling), max_epochs=4, random_state=0)
+    search(estimator=net, param_distributions={"module__dropout": uniform(0, 0.5)}).fit(*iris)
 
 
 def test_keywords_of_no_module_are_refused_with_what_to_do(iris):

@@ -9,7 +9,7 @@ from numpy.testing import assert_allclose
 from scipy.stats import loguniform, uniform
 from sklearn.base import clone
 from sklearn.metrics import log_loss
-from sklearn.model_selection import KFold, StratifiedKFold
+from sklearn.model_selection import KFold, StratifiedKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
@@ -209,6 +209,19 @@ def test_running_statistics_are_those_of_single_fits(iris, used, batch_size):
     assert_allclose(losses, first, rtol=1e-6)  # on the statistics of each candidate and fold
     band = found.best_response_.validation_band("weight_decay", [found.best_response_.params["weight_decay"]])
     assert band[0, 0] <= found.best_response_.validation_loss() <= band[0, 1]
+
+
+class Frozen(nn.Sequential):
+    def __init__(self, n, m):
+        super().__init__(nn.Linear(n, 8).requires_grad_(False), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, m))
+
+
+def test_with_frozen_weights_that_each_fit_draws_anew_it_is_its_own_fit_that_counts(iris, used):
+    X, y = iris
+    found = search(clone(NET).set_params(module=Frozen), {"weight_decay": loguniform(1e-6, 1e0)}).fit(X, y)
+    assert not any(used)
+    alone = cross_val_score(clone(NET).set_params(module=Frozen, **found.best_params_), X, y, cv=3)
+    assert found.best_score_ == alone.mean()
 
 
 class Recurrent(nn.Module):
