@@ -555,8 +555,8 @@ class Objective:
             args, kwargs = arguments(x, self.inputs)
             state = {**named, **self._constants, **self._constant_buffers, **buffers}
             outputs = functional_call(self._modules[training], state, args, kwargs, strict=True)
-            for k, b in buffers.items():  # a buffer may have been replaced instead of written into
-                if state[k] is not b:
+            for k, b in buffers.items():
+                if training and state[k] is not b:  # replaced, and not written into
                     b.copy_(state[k].detach())
             return outputs
 
