@@ -40,7 +40,7 @@ def retrain_candidates(
     more: bool = True,
     watched: bool = False,
 ) -> tuple[list[Tensor], list[Retrained], tuple[Tensor, Tensor] | None]:
-    """Retrain what :func:`distinct` gave, if that can be stacked, and with ``more`` what may be better.
+    """Retrain what :func:`distinct` gave, if that can be stacked; and with ``more``, of small models and those with BatchNorm, what may be better.
 
     That is the tuned setting with all logarithmic hyperparameters e^1.5 times as large, which for penalties is stronger. And
     where one of all these is better than the tuned setting by 2%, in a second stacked pass, settings on the line from it through the
@@ -55,9 +55,11 @@ def retrain_candidates(
     verified : tuple of Tensor of shape (C, n) and Tensor of shape (C,), or None
         λ of what was given, and the validation losses, mean over folds.
     """
+    small = objective.cost * len(folds) <= _SMALL
+    more = more and (small or objective.has_statistics)
     if watched and not more:
         return candidates, [], None
-    line = _ON_THE_LINE if objective.cost * len(folds) <= _SMALL else _ON_THE_LINE_OF_LARGE
+    line = _ON_THE_LINE if small else _ON_THE_LINE_OF_LARGE
     tuned, given, tried = candidates[0], len(candidates), candidates
     if more:
         tried = [*tried, *_new([space.clip(tuned + _STRONGER * space.log)], tried)]

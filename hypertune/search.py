@@ -58,7 +58,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
     One training run of all folds learns the weights *as a function of the hyperparameters*, and the hyperparameters
     descend the validation loss through that function [1]_. For small models a handful of settings, trained in one stacked
     pass, says where to start. The tuned setting, that start, the middle between them and the estimator's own setting are then
-    retrained from scratch and scored on every fold (of models that can be stacked also the tuned setting with stronger penalties,
+    retrained from scratch and scored on every fold (of small models, and those with BatchNorm, also the tuned setting with stronger penalties,
     and up to four on the line from it through whichever of these is better), and the best one is refitted on all the data.
 
     Parameters
@@ -88,7 +88,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
         first, or at the estimator's own setting. If regularisation leaves nothing but a constant prediction there, "screened" begins
         again, nearer to the middle of the distributions. Screened are small models only, for which that is nearly free, that can be stacked;
         and not with ``evaluate="hypernetwork"``, ``algorithm="global"``, skorch nets or weights of rows.
-        "screened" verifies stronger penalties, too; "estimator" that setting and the tuned one only.
+        "estimator" verifies that setting and the tuned one only.
     evaluate : {"retrain", "hypernetwork"}, default="retrain"
         How the candidates are scored: by retraining each from scratch on every fold, or (the paper's return value, for
         the tuned setting only) by the weights that the hypernetwork gives, which retrains nothing.

@@ -10,6 +10,7 @@ import torch
 from numpy.testing import assert_allclose
 from scipy.stats import loguniform, uniform
 from sklearn.base import clone
+from torch import nn
 
 from hypertune import MLP
 from hypertune.candidates import distinct, retrain_candidates
@@ -92,10 +93,16 @@ def test_logarithmic_hyperparameters_alone_are_made_stronger_and_a_line_moves_al
     assert verified(lambda lam: lam[:, 0], space={"module__dropout": uniform(0, 0.5)}, lams=rate)[1] == [2]
 
 
-def test_of_models_that_cost_time_less_of_a_line_is_retrained(verified):
+class Normed(nn.Sequential):
+    def __init__(self, n, m):
+        super().__init__(nn.Linear(n, 5_000), nn.BatchNorm1d(5_000), nn.ReLU(), nn.Linear(5_000, m))
+
+
+def test_of_models_that_cost_time_nothing_more_is_retrained_and_a_little_where_a_batch_is_normalised(verified):
     large = clone(NET).set_params(module=MLP(hidden=(150, 150)))  # 3 × 23,853 weights
-    assert verified(away(-5.0), net=large)[:2] == ([*FIRST, -5.0, -3.5], [5, 2])
+    assert verified(away(-5.0), net=large)[1] == [4]
     assert verified(away(-5.0), net=large.set_params(module=MLP(hidden=(130, 130))))[1] == [5, 4]  # 3 × 18,073
+    assert verified(away(-5.0), net=large.set_params(module=Normed))[:2] == ([*FIRST, -5.0, -3.5], [5, 2])
 
 
 def test_what_cannot_be_stacked_is_not_retrained_here(verified):
