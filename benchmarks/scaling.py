@@ -34,7 +34,7 @@ from hypertune.algorithms import Problem, Step, TangentOptimizer, descend_w, joi
 from hypertune.hypergradients import Implicit, alternate
 from hypertune.hypernetworks import Builder, Constant, Layout, Linear
 from hypertune.implicit import ImplicitAdjoint
-from hypertune.objective import half_squares
+from hypertune.penalties import half_squares
 
 SHAPES = {10_000: (35, 80), 100_000: (140, 250), 1_000_000: (440, 800)}  # D: inputs and units of a hidden layer
 SIZES = tuple(10**power for power in range(7))

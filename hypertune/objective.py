@@ -41,6 +41,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hypertune.batches import Batch
 from hypertune.losses import CustomLoss, Loss
 from hypertune.modules import Reach, TensorDropout, Value, is_zero, plain_layers, run_layers, with_tensor_dropout
+from hypertune.penalties import half_squares, half_squares_of, of_models
 from hypertune.randomness import ONE_AT_A_TIME, rng_state, set_rng_state
 
 # Hyperparameters of the loss itself, with the interval in which each has a meaning.
@@ -53,44 +54,10 @@ LOSS_HYPERPARAMETERS: dict[str, tuple[float, float]] = {
     "sample_weight": (0.0, math.inf),
 }
 _AUGMENT, _NOISE, _MIXUP, _DROPOUT = range(4)  # numbers of streams of random numbers; dropout's are that and all beyond
-_CONVOLVED = (
-    1_000_000  # multiplications for a row: larger convolutions are slower together than one after the other, on a CPU
-)
+_CONVOLVED = 1_000_000  # multiplications for a row: larger convolutions are slower together, on a CPU
 NO_NOISE = (
     "reaches nothing: all columns of inputs hold whole numbers, which are taken for codes. Scale those that are not."
 )
-
-
-class _HalfSquares(torch.autograd.Function):
-    """½ Σ w² of each model over several parameters (M, ...), without the copies of them that autograd would keep."""
-
-    @staticmethod
-    def forward(ctx: Any, *parameters: Tensor) -> Tensor:
-        ctx.save_for_backward(*parameters)
-        return 0.5 * sum(torch.linalg.vecdot(p, p) for p in (p.flatten(1) for p in parameters))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        return tuple(_of_models(grad, p) * p for p in ctx.saved_tensors)
-
-
-def half_squares(s: Tensor, w: Tensor) -> Tensor:
-    """½ Σ s w² of each model, (M,), over one parameter w (M, ...) with strengths s that broadcast to it."""
-    found: Tensor = _WeightedHalfSquares.apply(s, w)
-    return found
-
-
-class _WeightedHalfSquares(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, s: Tensor, w: Tensor) -> Tensor:
-        ctx.save_for_backward(s, w)
-        return 0.5 * torch.linalg.vecdot((s * w).flatten(1), w.flatten(1))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        (s, w), (of_s, of_w) = ctx.saved_tensors, ctx.needs_input_grad
-        grad = _of_models(grad, w)
-        return (grad * (0.5 * w * w)).sum_to_size(s.shape) if of_s else None, s * w * grad if of_w else None
 
 
 Strength = Value | Mapping[str, Tensor]  # of a penalty
@@ -413,7 +380,7 @@ class Objective:
         """Σ over penalised weights of strength · ½w², (M,); a strength is one per model, or a dict of them by parameter."""
         if isinstance(strength, Mapping):
             return sum(half_squares(s, named[k]) for k, s in strength.items())
-        return strength * _HalfSquares.apply(*(named[k] for k in self._penalised)) if self._penalised else 0.0
+        return strength * half_squares_of(*(named[k] for k in self._penalised)) if self._penalised else 0.0
 
     def _absolute(self, strength: Strength, named: Mapping[str, Tensor]) -> Value:
         """The same of strength · |w|."""
@@ -608,11 +575,6 @@ def arguments(x: Tensor, inputs: Mapping[str, Tensor] | None) -> tuple[tuple[Ten
     return (), {name: x[:, columns] for name, columns in inputs.items()}
 
 
-def _of_models(numbers: Tensor, like: Tensor) -> Tensor:
-    """One number per model (M,), so that it broadcasts with ``like`` (M, ...)."""
-    return numbers.view(-1, *(1,) * (like.dim() - 1))
-
-
 def _keywords(prefix: str, values: Mapping[str, Value]) -> dict[str, Value]:
     return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
 
@@ -625,4 +587,4 @@ def _rowwise(value: Value, x: Tensor) -> Value:
     """A number, one per model (M,), or one per model and feature (M, features), so that it broadcasts with x (M, B, ...)."""
     if not isinstance(value, Tensor):
         return value
-    return value[:, None] if value.dim() == 2 else _of_models(value, x)
+    return value[:, None] if value.dim() == 2 else of_models(value, x)

@@ -334,9 +334,8 @@ class HyperTrainingSearchCV(BaseSearchCV):
                 raise ValueError("evaluate='hypernetwork' needs a TorchClassifier or TorchRegressor; use 'retrain'.")
             self._inputs = indexable(X, y)
             super().fit(X, y, **params)
-        except (
-            BaseException
-        ):  # as scikit-learn's results, which are set at the end, ours are those of the last whole fit
+        except BaseException:
+            # As scikit-learn's results, which are set at the end, ours are those of the last whole fit.
             for name in ("history_", "best_response_"):
                 self.__dict__.pop(name, None)
             self.__dict__.update(earlier)

@@ -20,9 +20,7 @@ from hypertune.response import Fold
 from hypertune.retraining import retrain
 from hypertune.space import Space
 
-_SCREENED = (
-    600_000  # multiplications for a row by all models: beyond it those of a screening cost what each would alone
-)
+_SCREENED = 600_000  # multiplications for a row by all models: beyond it each costs what it would alone
 _LINE = (0.4, 0.5, 0.6, 0.7)  # quantiles
 _SCREENED_STEPS = 150  # a screening is at least so long, or as long as a fit
 _SCREENED_SHARE = 1 / 3

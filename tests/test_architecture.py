@@ -13,11 +13,12 @@ ROOMS = {  # room -> the rooms it may import from
     "space": set(),
     "factory": set(),
     "modules": set(),
+    "penalties": set(),
     "batches": set(),
     "hypernetworks": set(),
     "losses": {"modules"},
     "descent": {"space"},
-    "objective": {"batches", "losses", "modules", "randomness"},
+    "objective": {"batches", "losses", "modules", "penalties", "randomness"},
     "algorithms": {"hypernetworks", "randomness"},
     "hypergradients": {"algorithms", "hypernetworks"},
     "implicit": {"algorithms", "hypergradients", "hypernetworks"},
@@ -102,7 +103,17 @@ def test_imports_go_only_leftwards():
 
 
 def test_the_mathematics_knows_no_scikit_learn():
-    torch_only = {"space", "modules", "losses", "batches", "hypernetworks", "objective", "algorithms", "descent"}
+    torch_only = {
+        "space",
+        "modules",
+        "losses",
+        "penalties",
+        "batches",
+        "hypernetworks",
+        "objective",
+        "algorithms",
+        "descent",
+    }
     for room in torch_only | {"hypergradients", "implicit", "unrolled"}:
         assert not [name for name in _imports(PACKAGE / f"{room}.py") if name.startswith(("sklearn", "joblib"))], room
 

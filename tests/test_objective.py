@@ -11,7 +11,8 @@ from torch.testing import assert_close
 from hypertune.batches import Batch, Minibatches, Rows
 from hypertune.losses import CustomLoss, as_loss, cross_entropy, one_hot_squared_error, squared_error
 from hypertune.modules import find_reach
-from hypertune.objective import Objective, _HalfSquares, half_squares
+from hypertune.objective import Objective
+from hypertune.penalties import half_squares, half_squares_of
 
 
 def _net(dropout: float = 0.0) -> nn.Module:
@@ -310,9 +311,9 @@ def test_penalties_have_the_derivatives_of_what_they_compute():
     w, v = (torch.randn(2, *shape, generator=generator, dtype=torch.float64) for shape in ((3, 4), (5,)))
     w.requires_grad_()
     v.requires_grad_()
-    assert torch.autograd.gradcheck(_HalfSquares.apply, (w, v))
-    assert torch.autograd.gradgradcheck(_HalfSquares.apply, (w, v))
-    torch.testing.assert_close(_HalfSquares.apply(w, v), 0.5 * (w.square().sum((1, 2)) + v.square().sum(1)))
+    assert torch.autograd.gradcheck(half_squares_of, (w, v))
+    assert torch.autograd.gradgradcheck(half_squares_of, (w, v))
+    torch.testing.assert_close(half_squares_of(w, v), 0.5 * (w.square().sum((1, 2)) + v.square().sum(1)))
     for shape in ((3, 4), (3, 1), (1, 4), (1, 1)):
         s = torch.rand(2, *shape, generator=generator, dtype=torch.float64, requires_grad=True)
         assert torch.autograd.gradcheck(half_squares, (s, w))
