@@ -171,6 +171,7 @@ def test_running_statistics_of_a_stacked_pass_are_those_of_one_model_after_the_o
         each = objective.with_statistics_of(2, 2)
         losses.append(each.train_loss(w, {}, rows.repeat(2)))
         losses.append(each.valid_loss(w[2:], batch.repeat(2), fold=1))
+        assert_close(losses[-1], each.valid_loss(w, batch.repeat(4))[2:])
         found.append((losses, {**objective.statistics, **{f"each {k}": b for k, b in each.statistics.items()}}))
     assert_close(*found)
     assert found[0][1]["1.num_batches_tracked"].tolist() == [2, 2]
@@ -188,8 +189,8 @@ class Averaging(nn.Module):
         self.register_buffer("links", torch.eye(4, dtype=torch.float64).to_sparse())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.training:
-            self.mean = 0.5 * self.mean + 0.5 * x.mean(dim=0).detach()
+        kept = 0.5 if self.training else 0.9  # in eval mode it is replaced, too, and that is for nobody to keep
+        self.mean = kept * self.mean + 0.5 * x.mean(dim=0).detach()
         return self.linear((x - self.mean) * self.scale)
 
 
@@ -202,6 +203,7 @@ def test_of_buffers_those_that_training_writes_are_kept_per_model(batch: Batch):
     w = objective.initial_weights().expand(2, -1)
     objective.train_loss(w, {}, rows)
     assert_close(objective.statistics["mean"], 0.5 * rows.x.mean(dim=1))
+    objective.valid_loss(w, rows)
     trained = objective.load_into(Averaging(), w[0], 1)
     assert_close(trained.mean, 0.5 * rows.x[1].mean(dim=0))
     assert_close(trained.links.to_dense(), torch.eye(4, dtype=torch.float64))

@@ -58,6 +58,12 @@ def test_the_end_of_a_half_bounded_range_is_refused_and_no_model_of_nans(iris):
             ask({"weight_decay": 0.0})
 
 
+def test_a_kept_response_holds_no_gradients(iris):
+    for params in ({"response_optimizer": "plain"}, {"hypernetwork": "gated"}):
+        kept = search(**params, max_epochs=4, evaluate="hypernetwork").fit(*iris).best_response_.hypernetwork
+        assert all(p.grad is None for p in kept.parameters())
+
+
 def test_a_kept_search_holds_no_training_rows(fitted, iris):
     assert all(len(fold.train.x) == 0 for fold in fitted.best_response_.folds)
     assert sum(len(fold.valid.x) for fold in fitted.best_response_.folds) == len(iris[0])

@@ -211,6 +211,13 @@ def test_running_statistics_are_those_of_single_fits(iris, used, batch_size):
     assert band[0, 0] <= found.best_response_.validation_loss() <= band[0, 1]
 
 
+def test_one_validation_row_is_enough_for_a_module_with_batchnorm(iris):
+    net = clone(NET).set_params(module=Normed, max_epochs=2)
+    splits = [(np.arange(1, 100), np.arange(1)), (np.arange(50, 150), np.arange(50))]
+    found = search(net, {"weight_decay": loguniform(1e-6, 1e0)}, cv=splits).fit(*iris)
+    assert found.best_response_.objective.stacked
+
+
 class Frozen(nn.Sequential):
     def __init__(self, n, m):
         super().__init__(nn.Linear(n, 8).requires_grad_(False), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, m))
