@@ -27,11 +27,11 @@ from hypertune.batches import Minibatches
 from hypertune.folds import last_step, prefix_of
 from hypertune.implicit import conjugate_gradients
 from hypertune.net import TorchEstimator
-from hypertune.objective import flat_weights
 from hypertune.randomness import isolated
 from hypertune.response import Fold
 from hypertune.retraining import retrain
 from hypertune.search import HyperTrainingSearchCV, Setup
+from hypertune.stacked import flat_weights
 from hypertune.training import make_train_loss
 
 _MOST_DIRECTIONS = 20

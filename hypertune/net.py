@@ -28,8 +28,9 @@ from hypertune.callbacks import CallbackSupportMixin, fit_task, with_callbacks
 from hypertune.factory import MLP, keywords_of, with_keywords
 from hypertune.losses import Loss, as_loss
 from hypertune.modules import Reach, is_zero, refuse_modules
-from hypertune.objective import LOSS_HYPERPARAMETERS, NO_NOISE, Objective, arguments
+from hypertune.objective import LOSS_HYPERPARAMETERS, NO_NOISE, Objective
 from hypertune.randomness import draw_seed, isolated
+from hypertune.stacked import arguments
 
 _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": lambda params, lr: torch.optim.Adam(params, lr=lr, fused=True),

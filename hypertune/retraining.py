@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from hypertune.batches import Minibatches, Rows
 from hypertune.net import TorchEstimator, fingerprint
-from hypertune.objective import Objective, flat_weights
+from hypertune.objective import Objective
 from hypertune.randomness import draw_seed, isolated, seed_torch
 from hypertune.response import Fold, full_losses
 from hypertune.space import Space
+from hypertune.stacked import flat_weights
 from hypertune.training import make_values
 
 _MOST_WEIGHTS = 2**27  # of all models together

@@ -29,11 +29,12 @@ from hypertune.hypergradients import Description
 from hypertune.hypernetworks import Builder, Layout
 from hypertune.losses import nats_per_unit
 from hypertune.net import Net
-from hypertune.objective import NO_NOISE, Objective, flat_weights
+from hypertune.objective import NO_NOISE, Objective
 from hypertune.randomness import isolated
 from hypertune.recipes import choose, phi_optimizer, stream
 from hypertune.response import BestResponse, Fold
 from hypertune.space import OUTER, Space
+from hypertune.stacked import flat_weights
 from hypertune.tunable import arrangements, find_reaches
 
 _VALID_BATCH = 256

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +7,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from hypertune.batches import Batch, Minibatches, Rows
-from hypertune.losses import CustomLoss, as_loss, cross_entropy, one_hot_squared_error, squared_error
+from hypertune.losses import CustomLoss, as_loss, cross_entropy, one_hot_squared_error
 from hypertune.modules import find_reach
 from hypertune.objective import Objective
 from hypertune.penalties import half_squares, half_squares_of
@@ -92,175 +90,6 @@ def test_antithetic_signs_see_the_same_dropout_mask(batch: Batch):
 
 
 @pytest.mark.parametrize(
-    ("layer", "shape"), [(nn.Dropout, (64, 50)), (nn.Dropout2d, (64, 50, 3, 3)), (nn.Dropout1d, (64, 50, 4))]
-)
-def test_our_dropout_drops_what_torchs_drops(layer: type[nn.Module], shape: tuple[int, ...]):
-    """Rate, scaling and channelwise masks."""
-    objective = Objective(nn.Sequential(layer(0.3), nn.Linear(shape[-1], 1)), squared_error)
-    drop = objective._modules[True][0]
-    out = drop(torch.ones(shape))
-    assert out.unique().tolist() == pytest.approx([0.0, 1 / 0.7])
-    assert float((out == 0).float().mean()) == pytest.approx(0.3, abs=0.05)
-    if layer is not nn.Dropout:
-        assert (out.flatten(2).std(dim=2) == 0).all()
-
-
-def test_weights_survive_the_round_trip_and_frozen_parameters_are_left_out():
-    net = _net()
-    net[0].bias.requires_grad_(False)
-    objective = Objective(net, cross_entropy)
-    assert sum(p.numel() for p in net.parameters()) - 8 == objective.D
-    w = torch.randn(objective.D, dtype=torch.float64)
-    loaded = objective.load_into(_net(), w)
-    assert_close(torch.cat([p.reshape(-1) for k, p in loaded.named_parameters() if k != "0.bias"]), w)
-    assert_close(loaded[0].bias.detach(), net[0].bias)
-    assert objective.units().tolist()[:4] == [0, 0, 0, 0]
-    assert len(objective.units()) == objective.D
-
-
-def test_the_users_module_is_never_changed(batch: Batch):
-    net = _net(0.5)
-    before = {k: v.clone() for k, v in net.state_dict().items()}
-    objective = Objective(net, cross_entropy, reach={"p": find_reach(_net, 0.0, 0.8)})
-    objective.train_loss(
-        torch.randn(2, objective.D, dtype=torch.float64), {"p": torch.tensor([0.1, 0.2])}, batch.repeat(2)
-    )
-    assert type(net[2]) is nn.Dropout
-    assert net[2].p == 0.5
-    assert_close(dict(net.state_dict()), before)
-
-
-def test_running_statistics_are_kept_per_fold(batch: Batch):
-    net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)).double()
-    objective = Objective(net, cross_entropy, folds=2)
-    before = {k: b.clone() for k, b in objective.statistics.items()}
-    objective.try_stacking(batch.x[0], {})
-    assert objective.stacked
-    assert all(torch.equal(objective.statistics[k], b) for k, b in before.items())
-    w = objective.initial_weights().expand(2, -1)
-    rows = Batch(torch.cat([batch.x, batch.x + 5]), torch.cat([batch.y, batch.y]))
-    objective.train_loss(w, {}, rows)
-    means = [objective.load_into(net, w[0], fold)[1].running_mean.clone() for fold in (0, 1)]
-    assert not torch.allclose(*means)
-
-
-def test_running_statistics_of_a_stacked_pass_are_those_of_one_model_after_the_other(batch: Batch):
-    """In training, kept or not; and two models of one fold share what the fold has, or have their own."""
-    net = nn.Sequential(
-        nn.Linear(4, 8),
-        nn.BatchNorm1d(8),
-        nn.Dropout(0.2),
-        nn.ReLU(),
-        nn.BatchNorm1d(8, momentum=0.3),
-        nn.Linear(8, 3),
-    )
-    stacked, looped = Objective(net.double(), cross_entropy, folds=2), Objective(net, cross_entropy, folds=2)
-    looped.stacked = False
-    rows = Batch(torch.cat([batch.x, batch.x + 5]), torch.cat([batch.y, batch.y]))
-    w = torch.randn(4, stacked.D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = []
-    for objective in (stacked, looped):
-        objective.try_stacking(batch.x[0], {}) if objective.stacked else None
-        torch.manual_seed(0)
-        losses = [objective.train_loss(w[:2], {}, rows), objective.train_loss(w[2:], {}, rows)]
-        kept = {k: b.clone() for k, b in objective.statistics.items()}
-        losses.append(objective.train_loss(w[:2], {}, rows, keep_statistics=False))
-        losses.append(objective.train_loss(w, {}, rows.repeat(2), keep_statistics=False))
-        assert all(torch.equal(objective.statistics[k], b) for k, b in kept.items())
-        losses.append(objective.valid_loss(w, batch.repeat(4), fold=1))
-        each = objective.with_statistics_of(2, 2)
-        losses.append(each.train_loss(w, {}, rows.repeat(2)))
-        losses.append(each.valid_loss(w[2:], batch.repeat(2), fold=1))
-        assert_close(losses[-1], each.valid_loss(w, batch.repeat(4))[2:])
-        found.append((losses, {**objective.statistics, **{f"each {k}": b for k, b in each.statistics.items()}}))
-    assert_close(*found)
-    assert found[0][1]["1.num_batches_tracked"].tolist() == [2, 2]
-    assert len(found[0][1]["each 1.running_mean"].unique(dim=0)) == 4
-
-
-class Averaging(nn.Module):
-    """A buffer that is replaced in training, one that is not, and a sparse one."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(4, 3).double()
-        self.register_buffer("mean", torch.zeros(4, dtype=torch.float64))
-        self.register_buffer("scale", torch.full((4,), 2.0, dtype=torch.float64))
-        self.register_buffer("links", torch.eye(4, dtype=torch.float64).to_sparse())
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        kept = 0.5 if self.training else 0.9  # in eval mode it is replaced, too, and that is for nobody to keep
-        self.mean = kept * self.mean + 0.5 * x.mean(dim=0).detach()
-        return self.linear((x - self.mean) * self.scale)
-
-
-def test_of_buffers_those_that_training_writes_are_kept_per_model(batch: Batch):
-    objective = Objective(Averaging(), cross_entropy, folds=2)
-    objective.try_stacking(batch.x[0], {})
-    assert objective.stacked
-    assert {k: b.shape for k, b in objective.statistics.items()} == {"mean": (2, 4)}
-    rows = Batch(torch.cat([batch.x, batch.x + 5]), torch.cat([batch.y, batch.y]))
-    w = objective.initial_weights().expand(2, -1)
-    objective.train_loss(w, {}, rows)
-    assert_close(objective.statistics["mean"], 0.5 * rows.x.mean(dim=1))
-    objective.valid_loss(w, rows)
-    trained = objective.load_into(Averaging(), w[0], 1)
-    assert_close(trained.mean, 0.5 * rows.x[1].mean(dim=0))
-    assert_close(trained.links.to_dense(), torch.eye(4, dtype=torch.float64))
-
-
-def test_attention_in_threads_leaves_the_choices_of_the_process(batch: Batch):
-    class Attending(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer, self.out = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True, dropout=0.0), nn.Linear(4, 3)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.out(self.layer(x[:, None])[:, 0])
-
-    objective = Objective(Attending().double(), cross_entropy)
-    objective.try_stacking(batch.x[0], {})
-    assert objective.stacked
-    w = objective.initial_weights().repeat(3, 1)
-    choices = torch.backends.mha.get_fastpath_enabled, torch.backends.cuda.flash_sdp_enabled
-    before = [choice() for choice in choices]
-    with ThreadPoolExecutor(4) as threads:
-        list(threads.map(lambda _: [objective.predict(w, batch.x.repeat(3, 1, 1)) for _ in range(20)], range(8)))
-    assert [choice() for choice in choices] == before
-
-
-def test_a_convolution_costs_its_multiplications_and_a_layer_its_weights():
-    x = torch.zeros(2, 1, 8, 8)
-    convolution = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(256, 2))
-    objective = Objective(convolution, cross_entropy)
-    objective.try_stacking(x, {})
-    assert objective.cost == 64 * 9 * 4 + 512
-    assert objective.stacked
-    large = nn.Sequential(nn.Conv2d(1, 32, 3, padding=1), nn.Flatten(), nn.Linear(32 * 64 * 64, 2))
-    objective = Objective(large, cross_entropy)
-    objective.try_stacking(torch.zeros(2, 1, 64, 64), {})
-    assert not objective.stacked  # on a CPU one after the other is faster
-    objective = Objective(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), cross_entropy)
-    objective.try_stacking(torch.zeros(2, 4), {})
-    assert objective.cost == objective.D
-
-
-def test_a_module_that_cannot_be_stacked_falls_back_with_one_warning(batch: Batch):
-    class Branching(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = nn.Linear(4, 3).double()
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.linear(x) if x.sum() > 0 else -self.linear(x)
-
-    objective = Objective(Branching(), cross_entropy)
-    with pytest.warns(UserWarning, match=r"one after the other: Branching does not work under torch.func.vmap"):
-        objective.try_stacking(batch.x[0], {})
-    assert objective.valid_loss(torch.randn(2, objective.D, dtype=torch.float64), batch.repeat(2)).shape == (2,)
-
-
-@pytest.mark.parametrize(
     ("build", "message"),
     [
         (lambda p: nn.Linear(2, 2), "reaches nothing"),
@@ -323,26 +152,6 @@ def test_penalties_have_the_derivatives_of_what_they_compute():
         torch.testing.assert_close(half_squares(s, w), 0.5 * (s * w.square()).sum((1, 2)))
 
 
-def _normed() -> nn.Module:
-    return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
-
-
-def test_every_model_may_keep_running_statistics_of_its_own(batch: Batch):
-    objective = Objective(_normed(), cross_entropy)
-    objective.try_stacking(batch.x[0], {})
-    objective.keep_statistics_of(3)
-    w = torch.randn(3, objective.D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    objective.train_loss(w, {}, Batch(batch.x[:1].repeat(3, 1, 1), batch.y[:1].repeat(3, 1)))
-    kept = objective.statistics["1.running_mean"]
-    for i in range(3):
-        alone = Objective(_normed(), cross_entropy)
-        alone.try_stacking(batch.x[0], {})
-        alone.train_loss(w[i : i + 1], {}, Batch(batch.x[:1], batch.y[:1]))
-        assert_close(kept[i], alone.statistics["1.running_mean"][0])
-    objective.forget_statistics_but_of(1)
-    assert len(objective.statistics["1.running_mean"]) == 1
-
-
 def test_a_criterion_of_torchs_given_as_a_class_weighs_rows(batch: Batch):
     outputs, y = torch.randn(5, 2), torch.randn(5, 2)
     assert torch.allclose(as_loss(nn.MSELoss, {})(outputs, y, weighted=True), (outputs - y).square().mean(dim=1))
@@ -356,60 +165,3 @@ def test_folds_may_have_seeds_of_their_own():
     one, two, both = (Minibatches([rows] * k, 4, seed=seed) for k, seed in ((1, 0), (1, 7), (2, [0, 7])))
     for _ in range(12):
         assert torch.equal(next(both).x, torch.cat([next(one).x, next(two).x]))
-
-
-@pytest.mark.parametrize(
-    "build",
-    [
-        lambda act, drop: nn.Sequential(nn.Linear(4, 8), act, drop, nn.Linear(8, 8), act, drop, nn.Linear(8, 3)),
-        lambda act, drop: nn.Sequential(nn.Sequential(nn.Linear(4, 8), act, drop), drop, act, nn.Linear(8, 3)),
-    ],
-)
-def test_a_layer_that_recurs_runs_wherever_it_stands(batch: Batch, build):
-    torch.manual_seed(0)
-    module = build(nn.Tanh(), nn.Dropout(0.5)).double()
-    objective = Objective(module, cross_entropy)
-    w, x = objective.initial_weights()[None], batch.x
-    assert_close(objective.predict(w, x)[0], module.eval()(x[0]))
-    assert sum(isinstance(m, nn.Dropout) for m in objective._modules[True].modules()) == 0
-    torch.manual_seed(1)  # the rates of both places are one number
-    for sub in objective._modules[True].modules():
-        if hasattr(sub, "channelwise"):
-            sub.p = 0.0
-    trained = objective._outputs(objective.named(w), x, {}, training=True)
-    assert_close(trained[0], module.eval()(x[0]))
-
-
-def test_layers_that_share_a_weight_keep_it(batch: Batch):
-    """Two layers, one parameter: it has the first one's name only."""
-    module = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 3)).double()
-    module[2].weight = module[0].weight
-    objective = Objective(module, cross_entropy)
-    assert objective.D == 4 * 4 + 4 + 4 + 4 * 3 + 3
-    w = torch.stack([objective.initial_weights(), objective.initial_weights() + 0.1])
-    outputs = objective.predict(w, batch.x[:1].double().repeat(2, 1, 1))
-    assert_close(outputs[0], module(batch.x[0].double()))
-    assert not torch.equal(outputs[0], outputs[1])
-
-
-def test_a_linear_layer_that_recurs_keeps_its_one_weight(batch: Batch):
-    torch.manual_seed(0)
-    shared = nn.Linear(4, 4)
-    module = nn.Sequential(shared, nn.Tanh(), shared, nn.Linear(4, 3)).double()
-    objective = Objective(module, cross_entropy)
-    assert_close(objective.predict(objective.initial_weights()[None], batch.x)[0], module(batch.x[0]))
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_linear_layers_run_on_rows_of_more_dimensions(bias: bool):
-    torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(3, 5, bias=bias), nn.ReLU(), nn.Flatten(), nn.Linear(10, 2))
-    objective, x = Objective(module, cross_entropy), torch.randn(2, 2, 2, 3)  # M == B == T
-    w = objective.initial_weights().repeat(2, 1)
-    assert_close(objective.predict(w, x), torch.stack([module(rows) for rows in x]))
-
-
-def test_weights_go_into_no_other_architecture():
-    objective = Objective(_net(), cross_entropy)
-    with pytest.raises(ValueError, match="other parameters than before"):
-        objective.load_into(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), objective.initial_weights())
