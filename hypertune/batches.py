@@ -45,6 +45,10 @@ class Batch(NamedTuple):
     weight: Tensor | None = None
     number: Tensor | None = None
 
+    def of(self, k: int) -> Batch:
+        """The rows of one model."""
+        return Batch(*(None if t is None else t[k : k + 1] for t in self))  # type: ignore[arg-type]
+
     def repeat(self, m: int) -> Batch:
         """Every model's rows m times over, for m weights per model; no copy of the rows is made for m = 1."""
         if m == 1:

@@ -23,7 +23,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.multiclass import check_classification_targets
 from torch import Tensor
 
-from hypertune.losses import CLASSIFICATION_LOSSES, REGRESSION_LOSSES
+from hypertune.losses import CLASSIFICATION_LOSSES, LOGARITHMIC, REGRESSION_LOSSES
 from hypertune.net import TorchEstimator
 from hypertune.objective import LOSS_HYPERPARAMETERS
 
@@ -67,13 +67,14 @@ class TorchClassifier(ClassifierMixin, TorchEstimator):
         "sgd" has momentum 0.9. A callable gets (params, lr=...) and returns a torch optimizer.
     lr : float, default=3e-3
         Learning rate at the start.
-    lr_schedule : {"cosine", "constant"}, default="cosine"
-        How the learning rate changes over the run; "cosine" ends at zero.
+    lr_schedule : {"cosine", "constant"} or callable ``share -> factor``, default="cosine"
+        How the learning rate changes over the run; "cosine" ends at zero. A callable gets the share of the run that is done, from 0
+        to 1, and returns what ``lr`` is multiplied by: a warm-up, one cycle, steps.
     batch_size : int, default=64
         Rows of a minibatch; all rows if there are fewer.
     max_epochs : int, default=100
         Passes through the data.
-    device : str, default="cpu"
+    device : str or torch.device, default="cpu"
         Torch device that holds data and model.
     dtype : {"float32", "float64"}, default="float32"
         Precision of data and model.
@@ -125,10 +126,10 @@ class TorchClassifier(ClassifierMixin, TorchEstimator):
         sample_weight: Any = None,
         optimizer: Any = "adam",
         lr: float = 3e-3,
-        lr_schedule: str = "cosine",
+        lr_schedule: Any = "cosine",
         batch_size: int = 64,
         max_epochs: int = 100,
-        device: str = "cpu",
+        device: Any = "cpu",
         dtype: str = "float32",
         random_state: Any = None,
         verbose: int = 0,
@@ -195,15 +196,17 @@ class TorchRegressor(RegressorMixin, TorchEstimator):
     """A torch regressor with scikit-learn's manners, trained from scratch by minibatches.
 
     Targets are standardised (weighted mean 0, standard deviation 1 per output) for training and mapped back in
-    ``predict``: losses, and the hyperparameters that trade against them, are in units of the target's variance.
+    ``predict``: losses, and the hyperparameters that trade against them, are in units of the target's variance. For "poisson" and
+    "gamma" they are divided by their mean instead, and the module's outputs are logarithms: ``predict`` returns positive numbers.
 
     Parameters
     ----------
     module : callable, default=None
         Model factory ``(n_features_in, n_outputs) -> nn.Module``. None means :class:`MLP` with its defaults. For input
         of more than two dimensions, n_features_in is the shape of one row.
-    criterion : {"squared_error", "absolute_error"} or callable, default="squared_error"
-        Loss, mean over outputs and rows. A callable or a loss class such as ``torch.nn.HuberLoss`` gets outputs and
+    criterion : {"squared_error", "absolute_error", "poisson", "gamma"} or callable, default="squared_error"
+        Loss, mean over outputs and rows: "poisson" (counts, zeros among them) and "gamma" (positive, skewed) are half the deviances,
+        with a logarithmic link. A callable or a loss class such as ``torch.nn.HuberLoss`` gets outputs and standardised
         targets, both (B, n_outputs).
     weight_decay, l1, input_noise, mixup : default=0.0
     penalty, augment, inputs, sample_weight : default=None
@@ -212,13 +215,14 @@ class TorchRegressor(RegressorMixin, TorchEstimator):
         "sgd" has momentum 0.9. A callable gets (params, lr=...) and returns a torch optimizer.
     lr : float, default=3e-3
         Learning rate at the start.
-    lr_schedule : {"cosine", "constant"}, default="cosine"
-        How the learning rate changes over the run; "cosine" ends at zero.
+    lr_schedule : {"cosine", "constant"} or callable ``share -> factor``, default="cosine"
+        How the learning rate changes over the run; "cosine" ends at zero. A callable gets the share of the run that is done, from 0
+        to 1, and returns what ``lr`` is multiplied by: a warm-up, one cycle, steps.
     batch_size : int, default=64
         Rows of a minibatch; all rows if there are fewer.
     max_epochs : int, default=100
         Passes through the data.
-    device : str, default="cpu"
+    device : str or torch.device, default="cpu"
         Torch device that holds data and model.
     dtype : {"float32", "float64"}, default="float32"
         Precision of data and model.
@@ -231,7 +235,7 @@ class TorchRegressor(RegressorMixin, TorchEstimator):
     Attributes
     ----------
     module_ : nn.Module
-        The trained module, in eval mode; its outputs are standardised targets.
+        The trained module, in eval mode; its outputs are standardised targets, or logarithms of targets over their mean.
     loss_curve_ : list of float
         Mean training loss of each epoch, penalties included. Not where the weights are a hypernetwork's.
     n_iter_ : int
@@ -266,10 +270,10 @@ class TorchRegressor(RegressorMixin, TorchEstimator):
         sample_weight: Any = None,
         optimizer: Any = "adam",
         lr: float = 3e-3,
-        lr_schedule: str = "cosine",
+        lr_schedule: Any = "cosine",
         batch_size: int = 64,
         max_epochs: int = 100,
-        device: str = "cpu",
+        device: Any = "cpu",
         dtype: str = "float32",
         random_state: Any = None,
         verbose: int = 0,
@@ -306,14 +310,36 @@ class TorchRegressor(RegressorMixin, TorchEstimator):
         self._target_shape = y.shape[1:]
         self.n_outputs_ = columns.shape[1]
         self._target_mean = np.average(columns, axis=0, weights=sample_weight)
+        if self._is_logarithmic():
+            self._refuse_targets(columns)
+            return
         scale = np.sqrt(np.average((columns - self._target_mean) ** 2, axis=0, weights=sample_weight))
         self._target_scale = np.where(scale > 10 * np.finfo(np.float64).eps * np.abs(self._target_mean), scale, 1.0)
 
     def _encode_targets(self, y: np.ndarray) -> Tensor:
         columns = np.asarray(y, dtype=np.float64).reshape(len(y), -1)
+        if self._is_logarithmic():
+            self._refuse_targets(columns)
+            return self._tensor(columns / self._target_mean)
         return self._tensor((columns - self._target_mean) / self._target_scale)
+
+    def _is_logarithmic(self) -> bool:
+        return isinstance(self.criterion, str) and self.criterion in LOGARITHMIC
+
+    def _refuse_targets(self, columns: np.ndarray) -> None:
+        """Those that a criterion with a logarithmic link has no likelihood for."""
+        zeros = LOGARITHMIC[self.criterion]
+        if (columns < 0).any() or (not zeros and (columns == 0).any()) or not (columns.mean(axis=0) > 0).all():
+            raise ValueError(
+                f"criterion={self.criterion!r} is for targets that are {'zero or positive, and not all zero' if zeros else 'positive'}; "
+                f"y goes from {columns.min():g} to {columns.max():g}."
+            )
 
     def predict(self, X: Any) -> np.ndarray:
         """Predicted targets, (n_samples,) or (n_samples, n_outputs) as in fit."""
-        outputs = self._outputs(X) * self._target_scale + self._target_mean
+        outputs = self._outputs(X)
+        if self._is_logarithmic():
+            outputs = np.exp(outputs) * self._target_mean
+        else:
+            outputs = outputs * self._target_scale + self._target_mean
         return outputs.reshape(len(outputs), *self._target_shape)

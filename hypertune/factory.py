@@ -12,6 +12,8 @@ scikit-learn parameters (``module__dropout``), which :class:`MLP` has and :func:
 {'width': 16, 'dropout': 0.1}
 >>> small_net(4, 3)[0]
 Linear(in_features=4, out_features=16, bias=True)
+>>> small_net(width=8)(4, 3)[0]                          # another factory
+Linear(in_features=4, out_features=8, bias=True)
 """
 
 from __future__ import annotations
@@ -22,10 +24,11 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
 import joblib
-from sklearn.base import BaseEstimator
+from sklearn.base import BaseEstimator, clone
 from torch import nn
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -64,7 +67,12 @@ class MLP(BaseEstimator):
         self.activation = activation
 
     def __call__(self, n_features_in: int, n_outputs: int) -> nn.Module:
-        """Build the network; raises ValueError for an unknown activation."""
+        """Build the network; raises ValueError for an unknown activation, or rows that are not flat."""
+        if not isinstance(n_features_in, Integral):
+            raise ValueError(
+                f"MLP takes rows of numbers, and these have the shape {n_features_in}: reshape X to two dimensions, or give a factory "
+                "whose module takes them (nn.Flatten, nn.Conv2d, ...)."
+            )
         if self.activation not in _ACTIVATIONS:
             raise ValueError(f"MLP(activation={self.activation!r}): choose one of {sorted(_ACTIVATIONS)}.")
         layers: list[nn.Module] = [nn.Dropout(self.input_dropout)]
@@ -88,9 +96,10 @@ class ModelFactory:
         self.function = function
         self._params = defaults | params
 
-    def __call__(self, n_features_in: int, n_outputs: int) -> nn.Module:
-        """Build the model with the current keywords."""
-        return self.function(n_features_in, n_outputs, **self._params)
+    def __call__(self, *shape: Any, **params: Any) -> Any:
+        """``(n_features_in, n_outputs)``: build the model; ``(width=...)``, without them: a factory with other keywords."""
+        other = clone(self).set_params(**params) if params else self
+        return other.function(*shape, **other._params) if shape or not params else other
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """The function's keywords and their current values."""
@@ -182,6 +191,16 @@ def with_keywords(name: str, function: Any, keywords: dict[str, Any]) -> Any:
             f"Invalid parameter {unknown[0]!r} for {name}={function!r}. Valid parameters are: {sorted(known)}."
         )
     return functools.partial(function, **keywords)
+
+
+def check_call(who: str, how: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """Raise TypeError, saying how it is called, if a user's function does not take these arguments."""
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"{who} is called with {how}, which it does not take: {error}.") from error
+    except ValueError:  # it has no signature to look at
+        pass
 
 
 def _name(function: Callable[..., Any]) -> str:

@@ -1,23 +1,27 @@
 """The splits of a search, each preprocessed and encoded as scikit-learn would give it to the estimator; and who that is.
 
-folds = make_folds(estimator, X, y, cv.split(X, y), {"sample_weight": weight}, weighs_rows=False)
+folds = make_folds(estimator, X, y, cv.split(X, y), {"sample_weight": weight}, weighs_rows=False, pads=True)
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from sklearn import get_config
 from sklearn.base import clone
+from sklearn.compose import TransformedTargetRegressor
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils.metadata_routing import process_routing
 from sklearn.utils.metaestimators import _safe_split
 from sklearn.utils.validation import _check_method_params, _num_samples
 
+from hypertune.batches import Rows
 from hypertune.net import Net, TorchEstimator
 from hypertune.response import Fold
 
@@ -31,6 +35,11 @@ def net_of(estimator: Any) -> Net:
         from hypertune.skorch import SkorchNet  # an optional dependency, there if the user has such a net
 
         return SkorchNet(last)
+    if isinstance(last, TransformedTargetRegressor):
+        raise TypeError(
+            "TransformedTargetRegressor hides the net from HyperTrainingSearchCV: put it around the search instead, "
+            "TransformedTargetRegressor(HyperTrainingSearchCV(...), ...)."
+        )
     raise TypeError(
         f"HyperTrainingSearchCV tunes a TorchClassifier, a TorchRegressor, a skorch net, or a Pipeline that ends in one; got "
         f"{type(last).__name__}{' as the last step' if isinstance(estimator, Pipeline) else ''}. Other models have no weights that a gradient could follow: use RandomizedSearchCV."
@@ -55,10 +64,11 @@ def make_folds(
     fit_params: Mapping[str, Any],
     *,
     weighs_rows: bool,
+    pads: bool,
 ) -> list[Fold]:
     """One fold for each pair of (numbers of training rows, numbers of validation rows).
 
-    Raises ValueError if there is none, or if the steps before the net give rows of other shapes in other folds.
+    Raises ValueError if there is none, or if the steps before the net give rows of other shapes in other folds, and not just fewer columns.
 
     Parameters
     ----------
@@ -66,17 +76,36 @@ def make_folds(
         What the estimator's ``fit`` is given, for all rows.
     weighs_rows : bool
         Whether a weight for each row is among the hyperparameters.
+    pads : bool
+        Whether rows that are narrower than those of other folds may get columns of zeros.
     """
     folds = [_fold(estimator, X, y, train, valid, fit_params, weighs_rows) for train, valid in splits]
     if not folds:
         raise ValueError("No fits were performed. Was the CV iterator empty? Were there no candidates?")
-    if len({fold.train.x.shape[1:] for fold in folds}) > 1:
+    shapes = [tuple(fold.train.x.shape[1:]) for fold in folds]
+    if len(set(shapes)) == 1:
+        return folds
+    ours = isinstance(folds[0].net, TorchEstimator) and folds[0].net.inputs is None
+    if not (pads and ours and all(len(shape) == 1 for shape in shapes)):
         raise ValueError(
-            f"The steps before the net give rows of other shapes in other folds: {[tuple(fold.train.x.shape[1:]) for fold in folds]}. "
-            "All folds are trained together, so their nets must be of one size: fix what the steps make of the columns "
-            "(categories=... of an encoder, a number of features of a selection), or encode X before the search."
+            f"The steps before the net give rows of other shapes in other folds: {shapes}. Folds are trained together, so their nets "
+            "must be of one size. Zeros fill up missing columns, but not of a skorch net or one of several inputs, with a hyperparameter for "
+            "each feature or weight, or with evaluate='hypernetwork': fix what the steps make of the columns (categories=... of an "
+            "encoder, a number of features of a selection), or encode X before the search."
         )
-    return folds
+    return [_widened(fold, min(shapes)[0], max(shapes)[0]) for fold in folds]
+
+
+def _widened(fold: Fold, least: int, width: int) -> Fold:
+    """The same with columns of zeros up to a width, and no noise on those that some folds of the search have not got."""
+    net: Any = fold.net
+    net._row_shape = (width,)
+    net._noisy = (torch.arange(width, device=fold.train.x.device) < least).to(fold.train.x)
+
+    def wide(rows: Rows) -> Rows:
+        return rows._replace(x=F.pad(rows.x, (0, width - rows.x.shape[1])))
+
+    return replace(fold, train=wide(fold.train), valid=wide(fold.valid), padded=True)
 
 
 def _fold(

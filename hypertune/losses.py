@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from hypertune.factory import check_call
 from hypertune.modules import Value, is_zero
 
 Loss = Callable[[Tensor, Tensor, Value], Tensor]
@@ -50,20 +51,38 @@ def absolute_error(outputs: Tensor, y: Tensor, smoothing: Value = 0.0) -> Tensor
     return (outputs - y).abs().mean(dim=-1)
 
 
+def poisson_deviance(outputs: Tensor, y: Tensor, smoothing: Value = 0.0) -> Tensor:
+    """Half the Poisson deviance of the rates exp(outputs), mean over outputs; (..., B, outputs) twice → (..., B)."""
+    return (outputs.exp() - y - y * outputs + torch.xlogy(y, y)).mean(dim=-1)
+
+
+def gamma_deviance(outputs: Tensor, y: Tensor, smoothing: Value = 0.0) -> Tensor:
+    """Half the gamma deviance of the means exp(outputs), mean over outputs; (..., B, outputs) twice → (..., B)."""
+    return (y * (-outputs).exp() - 1 - y.log() + outputs).mean(dim=-1)
+
+
 CLASSIFICATION_LOSSES: dict[str, Loss] = {
     "cross_entropy": cross_entropy,
     "squared_error": one_hot_squared_error,
 }
-REGRESSION_LOSSES: dict[str, Loss] = {"squared_error": squared_error, "absolute_error": absolute_error}
+REGRESSION_LOSSES: dict[str, Loss] = {
+    "squared_error": squared_error,
+    "absolute_error": absolute_error,
+    "poisson": poisson_deviance,
+    "gamma": gamma_deviance,
+}
+# Regression losses whose outputs are logarithms of means: the criterion, and whether a target may be zero.
+LOGARITHMIC = {"poisson": True, "gamma": False}
 
 
 def nats_per_unit(loss: Loss, value: Tensor, outputs: int) -> Tensor:
     """What one unit of a mean loss near ``value`` is worth in nats for each row, so that slopes mean the same for all losses.
 
     Squared errors are those of Gaussian noise, absolute ones of Laplace noise, each of its most likely scale (d/2 · log of the
-    mean square, d · log of the mean absolute value; their slopes); any other loss is taken to be in nats.
+    mean square, d · log of the mean absolute value; their slopes), and deviances are quasi-likelihoods of their most likely dispersion;
+    any other loss is taken to be in nats.
     """
-    if loss in (squared_error, one_hot_squared_error):
+    if loss in (squared_error, one_hot_squared_error, poisson_deviance, gamma_deviance):
         return outputs / (2 * value)
     return outputs / value if loss is absolute_error else torch.ones_like(value)
 
@@ -116,7 +135,13 @@ def as_loss(criterion: Any, losses: Mapping[str, Loss]) -> Loss:
     """The per-row loss for ``criterion=``: a name out of ``losses``, a callable, or a class such as ``nn.HuberLoss``."""
     if isinstance(criterion, str):
         return losses[criterion]
+    made = criterion
     if inspect.isclass(criterion):
         by_row: dict[str, Any] = {"reduction": "none"} if "reduction" in inspect.signature(criterion).parameters else {}
-        return CustomLoss(criterion(**by_row))  # type: ignore[arg-type]
-    return CustomLoss(criterion)
+        made = criterion(**by_row)
+    if isinstance(made, nn.PoissonNLLLoss):
+        raise ValueError(
+            f"criterion={criterion!r} is for counts, and targets are standardised for it: criterion='poisson' is the same loss."
+        )
+    check_call(f"criterion {criterion!r}", "(outputs, targets)", getattr(made, "forward", made), None, None)
+    return CustomLoss(made)

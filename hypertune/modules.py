@@ -13,9 +13,10 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 Value = float | Tensor
@@ -35,11 +36,9 @@ class TensorDropout(nn.Module):
     where the rates do: the common random numbers of the antithetic pairs. It comes from ``seed``, the next call's from another.
     """
 
-    def __init__(self, p: Value, channelwise: bool):
-        super().__init__()
-        self.p = p
-        self.channelwise = channelwise
-        self.seed = 0
+    p: Value
+    channelwise: bool
+    seed: int
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or is_zero(self.p):
@@ -71,7 +70,7 @@ def plain_layers(module: nn.Module) -> list[tuple[str, nn.Module]] | None:
 
     Such a module can be run for M models at once without vmap (:func:`run_layers`), at a fraction of the overhead.
     """
-    if type(module) is not nn.Sequential or module._forward_hooks or module._forward_pre_hooks:
+    if type(module) is not nn.Sequential or not _as_declared(module):
         return None
     layers = [(name, layer) for name, layer in module._modules.items() if layer is not None]  # with those that recur
     recur = [layer for i, (_, layer) in enumerate(layers) if any(layer is before for _, before in layers[:i])]
@@ -83,9 +82,15 @@ def plain_layers(module: nn.Module) -> list[tuple[str, nn.Module]] | None:
         flat = type(layer) is nn.Flatten and (layer.start_dim, layer.end_dim) == (1, -1)
         if not (flat or type(layer) in (*_ELEMENTWISE, nn.Linear, TensorDropout)):
             return None
-        if layer._forward_hooks or layer._forward_pre_hooks or getattr(layer, "inplace", False):
+        if not _as_declared(layer) or (getattr(layer, "inplace", False) and type(layer) is not TensorDropout):
             return None
     return layers
+
+
+def _as_declared(module: nn.Module) -> bool:
+    """Whether the module does what its class says: it has no hooks, and no forward of its own."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return not any(hooks) and "forward" not in vars(module)
 
 
 def run_layers(layers: list[tuple[str, nn.Module]], named: Mapping[str, Tensor], x: Tensor) -> Tensor:
@@ -104,7 +109,7 @@ def run_layers(layers: list[tuple[str, nn.Module]], named: Mapping[str, Tensor],
     return x
 
 
-_STOCK_DROPOUT: dict[type[nn.Module], bool] = {
+_CHANNELWISE: dict[type[nn.Module], bool] = {
     nn.Dropout: False,
     nn.Dropout1d: True,
     nn.Dropout2d: True,
@@ -112,17 +117,27 @@ _STOCK_DROPOUT: dict[type[nn.Module], bool] = {
 }
 
 
-def with_tensor_dropout(module: nn.Module) -> nn.Module:
-    """A copy of the module in which every stock dropout accepts a tensor as its rate. The two share their parameters."""
+class _PaddedEmbedding(nn.Embedding):
+    """``nn.Embedding`` whose padding row has no gradient: vmap forgets ``padding_idx``."""
+
+    def forward(self, codes: Tensor) -> Tensor:
+        padding = torch.arange(self.num_embeddings, device=codes.device)[:, None].eq(self.padding_idx)  # type: ignore[arg-type]
+        weight = torch.where(padding, self.weight.detach(), self.weight)
+        return F.embedding(codes, weight, scale_grad_by_freq=self.scale_grad_by_freq)
+
+
+def with_own_layers(module: nn.Module) -> nn.Module:
+    """A copy of the module in which every stock dropout accepts a tensor as its rate. The two share their parameters.
+
+    The layers of the copy become ours in place, so that a list of the module's own that holds them, too, has the same ones.
+    """
     module = copy.deepcopy(module, {id(p): p for p in module.parameters()})
-    if type(module) in _STOCK_DROPOUT:
-        return TensorDropout(module.p, _STOCK_DROPOUT[type(module)])  # type: ignore[arg-type]
-    ours: dict[nn.Module, TensorDropout] = {}  # one that recurs stays one
-    for parent in list(module.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is not None and type(child) in _STOCK_DROPOUT:
-                ours.setdefault(child, TensorDropout(child.p, _STOCK_DROPOUT[type(child)]))  # type: ignore[arg-type]
-                setattr(parent, name, ours[child])
+    for sub in module.modules():
+        if (channelwise := _CHANNELWISE.get(type(sub))) is not None:
+            sub.__class__ = TensorDropout
+            vars(sub).update(channelwise=channelwise, seed=0)
+        elif type(sub) is nn.Embedding and sub.padding_idx is not None:
+            sub.__class__ = _PaddedEmbedding
     return module
 
 
@@ -135,10 +150,29 @@ def refuse_modules(module: nn.Module) -> None:
                 f"{where} has no shape before it has seen data, and the weights are counted before that: the factory gets "
                 "n_features_in, so use the eager layer (nn.Linear for nn.LazyLinear)."
             )
+        for name, value in vars(sub).items():
+            held = [cell.cell_contents for cell in getattr(value, "__closure__", None) or () if _is_filled(cell)]
+            if any(isinstance(own, nn.Module) for own in held):
+                raise ValueError(
+                    f"{where} keeps a function, {name!r}, that holds on to a module by name: in a copy of it, and copies are what is "
+                    "trained, the function would go on calling the first one. Make it a method."
+                )
+        if getattr(sub, "max_norm", None) is not None:
+            raise ValueError(
+                f"{where} changes its own weights as it runs (max_norm): max_norm=None, and a weight_decay."
+            )
         if getattr(sub, "sparse", False) is True:
             raise ValueError(
                 f"{where} gives sparse gradients (sparse=True), which have no place in one vector of weights: sparse=False."
             )
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
 
 
 # --- where a factory keyword arrives in the module ---------------------------------------------------------------------
@@ -169,10 +203,12 @@ def find_reach(build: Callable[[float], nn.Module], low: float, high: float) -> 
         If the keyword reaches nothing, changes the architecture, or a number depends on it in a way that is not affine.
     """
     probes = (low, (low + high) / 2, high)
-    try:
-        modules = [build(value) for value in probes]
-    except TypeError as error:
-        raise ValueError(f"the factory does not take {low:g} for it ({error})") from error
+    modules = []
+    for value in probes:
+        try:
+            modules.append(build(value))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the factory does not take {value:g} for it ({str(error).rstrip('.')})") from error
     shapes = [[(k, tuple(p.shape)) for k, p in m.named_parameters()] for m in modules]
     if not shapes[0] == shapes[1] == shapes[2]:
         raise ValueError("it changes the architecture, not a rate, so there is no gradient to follow")

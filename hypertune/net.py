@@ -17,15 +17,16 @@ from typing import Any, ClassVar, Protocol, Self
 import joblib
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.sparse import issparse
-from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.base import BaseEstimator, ClassifierMixin, clone
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from torch import Tensor, nn
 
 from hypertune.batches import Minibatches, Rows
 from hypertune.callbacks import CallbackSupportMixin, fit_task, with_callbacks
-from hypertune.factory import MLP, keywords_of, with_keywords
+from hypertune.factory import MLP, check_call, keywords_of, with_keywords
 from hypertune.losses import Loss, as_loss
 from hypertune.modules import Reach, is_zero, refuse_modules
 from hypertune.objective import LOSS_HYPERPARAMETERS, NO_NOISE, Objective
@@ -127,10 +128,10 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
     sample_weight: Any
     optimizer: Any
     lr: float
-    lr_schedule: str
+    lr_schedule: Any
     batch_size: int
     max_epochs: int
-    device: str
+    device: Any
     dtype: str
     random_state: Any
     verbose: int
@@ -146,10 +147,10 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
         "sample_weight": [None, "array-like"],
         "optimizer": [StrOptions(set(_OPTIMIZERS)), callable],
         "lr": [Interval(Real, 0, None, closed="neither")],
-        "lr_schedule": [StrOptions(set(_LR_SCHEDULES))],
+        "lr_schedule": [StrOptions(set(_LR_SCHEDULES)), callable],
         "batch_size": [Interval(Integral, 1, None, closed="left")],
         "max_epochs": [Interval(Integral, 1, None, closed="left")],
-        "device": [str],
+        "device": [str, torch.device],
         "dtype": [StrOptions(set(_DTYPES))],
         "random_state": ["random_state"],
         "verbose": ["verbose"],
@@ -246,7 +247,7 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
         return params
 
     def set_params(self, **params: Any) -> Self:
-        """Set parameters; a plain function whose keywords are set becomes a ``functools.partial`` of it."""
+        """Set parameters; of a factory or a function whose keywords are set this estimator gets a copy, and the user's stays what it is."""
         whole = {
             name: value for name, value in params.items() if name.partition("__")[0] not in _OWNERS or name in _OWNERS
         }
@@ -258,9 +259,10 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
                 continue
             function = getattr(self, owner)
             if hasattr(function, "set_params"):
-                function.set_params(**keywords)
+                own = clone(function).set_params(**keywords)
             else:
-                setattr(self, owner, with_keywords(owner, function, keywords))
+                own = with_keywords(owner, function, keywords)
+            setattr(self, owner, own)
         return self
 
     def __sklearn_tags__(self) -> Any:
@@ -281,6 +283,7 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
         The classes are those of ``all_y`` where given: folds that are trained together need the same outputs.
         """
         self._validate_params()
+        self._check_device()
         X, y = self._validated(X, y)
         self._row_shape = X.shape[1:]
         self._columns = self._find_columns()
@@ -370,6 +373,16 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
                 raise ValueError(f"{name} {NO_NOISE}")
         return None if noisy.all() else self._tensor(noisy)
 
+    def _check_device(self) -> None:
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+            here = "cpu" if accelerator is None else f"cpu and {accelerator.type}"
+            raise ValueError(
+                f"device={str(self.device)!r} is not to be had ({str(error).splitlines()[0]}). Here there is {here}."
+            ) from error
+
     def _check_arrays(self) -> None:
         """Refuse negative strengths, and noise that is not one number for each feature."""
         for name in ("weight_decay", "l1"):
@@ -393,30 +406,42 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
                 f"{type(self).__name__}(module={self.module!r}): expected a factory (n_features_in, n_outputs) -> nn.Module, "
                 "such as MLP() or model_factory(function); a built module cannot be trained afresh for every fold."
             )
-        n_features_in: Any = self.n_features_in_ if len(self._row_shape) == 1 else self._row_shape
+        n_features_in: Any = self._row_shape[0] if len(self._row_shape) == 1 else self._row_shape
         if self._columns is not None:
             n_features_in = {name: len(columns) for name, columns in self._columns.items()}
-        try:
-            inspect.signature(factory).bind(n_features_in, self.n_outputs_)
-        except TypeError as error:
-            raise TypeError(
-                f"The factory {self.module!r} is called with (n_features_in, n_outputs), here ({n_features_in}, {self.n_outputs_}), "
-                f"which it does not take: {error}."
-            ) from error
-        except ValueError:  # it has no signature to look at
-            pass
+        called = f"(n_features_in, n_outputs), here ({n_features_in}, {self.n_outputs_})"
+        check_call(f"The factory {self.module!r}", called, factory, n_features_in, self.n_outputs_)
         module = factory(n_features_in, self.n_outputs_)
         if not isinstance(module, nn.Module):
-            raise TypeError(f"The factory {self.module!r} returned {type(module).__name__}, not a torch.nn.Module.")
+            hint = (
+                f" Give a factory, {self.module.__name__}()."
+                if inspect.isclass(self.module) and callable(module)
+                else ""
+            )
+            raise TypeError(
+                f"The factory {self.module!r} returned {type(module).__name__}, not a torch.nn.Module.{hint}"
+            )
         refuse_modules(module)
         if not any(p.requires_grad for p in module.parameters()):
             raise ValueError(f"The factory {self.module!r} returned a module without trainable parameters.")
+        # A copy: what the factory returns may be the user's, and the same every time.
+        try:
+            module = copy.deepcopy(module)
+        except RuntimeError as error:
+            raise ValueError(
+                f"The factory {self.module!r} returned a module that cannot be copied ({error}). Of torch's weight_norm and spectral_norm "
+                "those in torch.nn.utils.parametrizations can."
+            ) from error
         return module.to(device=self.device, dtype=_DTYPES[self.dtype])
 
     def _make_objective(
         self, module: nn.Module, *, reach: Mapping[str, list[Reach]] | None = None, folds: int = 1
     ) -> Objective:
         loss = as_loss(self.criterion, self._losses)
+        if self.penalty is not None:
+            check_call(f"penalty {self.penalty!r}", "(weights)", self.penalty, {})
+        if self.augment is not None:
+            check_call(f"augment {self.augment!r}", "(x, generator)", self.augment, None, None)
         return Objective(
             module,
             loss,
@@ -434,8 +459,11 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
     ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
         """The estimator's optimizer and its schedule over a run of so many steps."""
         make = _OPTIMIZERS[self.optimizer] if isinstance(self.optimizer, str) else self.optimizer
+        check_call(f"optimizer {self.optimizer!r}", "(params, lr=...)", make, params, lr=self.lr)
         optimizer = make(params, lr=self.lr)
-        return optimizer, scheduled(optimizer, _LR_SCHEDULES[self.lr_schedule], steps)
+        check_call(f"The step of optimizer {self.optimizer!r}", "no closure", type(optimizer).step, optimizer)
+        schedule = _LR_SCHEDULES[self.lr_schedule] if isinstance(self.lr_schedule, str) else self.lr_schedule
+        return optimizer, scheduled(optimizer, schedule, steps)
 
     def _check_outputs(self, objective: Objective, x: Tensor) -> None:
         try:
@@ -500,7 +528,10 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
         with torch.no_grad():
             parts = []
             for i in range(0, X.shape[0], _PREDICT_ROWS):
-                args, kwargs = arguments(self._tensor(_dense(X[i : i + _PREDICT_ROWS])), self._columns)
+                x = self._tensor(_dense(X[i : i + _PREDICT_ROWS]))
+                if x.dim() == 2:  # a net of a search's fold may be wider than its rows
+                    x = F.pad(x, (0, self._row_shape[0] - x.shape[1]))
+                args, kwargs = arguments(x, self._columns)
                 parts.append(self.module_(*args, **kwargs))
         return torch.cat(parts).cpu().double().numpy()
 

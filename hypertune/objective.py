@@ -130,8 +130,9 @@ class Objective(StackedModule):
             return {k: (shape[0], *(1,) * (len(shape) - 1)) for k, shape in shapes.items()}
         arrangement: dict[str, tuple[int, ...]] = dict.fromkeys(shapes, ())
         if grain == "feature":
-            first, shape = next(iter(shapes.items()))
-            if len(shape) < 2 or shape[1] != n_features:
+            first = next((k for k in shapes if self.first and k.startswith(f"{self.first}.")), next(iter(shapes)))
+            shape, layer = shapes[first], self._modules[False].get_submodule(first.rpartition(".")[0])
+            if len(shape) < 2 or shape[1] != n_features or isinstance(layer, nn.Embedding):
                 raise ValueError(
                     f"the first layer's weight {first!r} has shape {tuple(shape)}, and not one column for each of the "
                     f"{n_features} features"
@@ -274,7 +275,15 @@ class Objective(StackedModule):
     def _own_penalty(self, named: Mapping[str, Tensor], keywords: Mapping[str, Value], models: int) -> Tensor:
         penalties = []
         for i in range(models):
-            own = self.penalty({k: p[i] for k, p in named.items()}, **_ith(keywords, i))  # type: ignore[misc]
+            weights = {k: p[i] for k, p in named.items()}
+            try:
+                own = self.penalty(weights, **_ith(keywords, i))  # type: ignore[misc]
+            except KeyError as error:
+                if error.args[0] in weights:
+                    raise
+                raise ValueError(
+                    f"penalty {self.penalty!r} asked for the weights {error}; the module has {list(weights)}."
+                ) from error
             if not isinstance(own, Tensor) or own.dim() != 0:
                 got = f"shape {tuple(own.shape)}" if isinstance(own, Tensor) else type(own).__name__
                 raise ValueError(f"penalty {self.penalty!r} returned {got}; return one number, a tensor of shape ().")

@@ -42,6 +42,8 @@ class Fold:
         Preprocessed rows as tensors.
     key : str, default=""
         Fingerprint of the training rows, once they are let go of.
+    padded : bool, default=False
+        Whether some folds have columns of zeros to be as wide as the others, so that fits of their own are other ones.
     """
 
     net: Net
@@ -49,6 +51,7 @@ class Fold:
     train: Rows
     valid: Rows
     key: str = ""
+    padded: bool = False
 
     def with_fewer_valid(self, most: int) -> Fold:
         """The same fold with at most so many of its validation rows, a draw that is the same every time."""

@@ -7,24 +7,26 @@ K folds at once, from the initial weights, in the order of rows and by the optim
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from sklearn.base import clone
 from torch import Tensor, nn
 
-from hypertune.batches import Minibatches, Rows
+from hypertune.batches import Batch, Minibatches, Rows
 from hypertune.net import TorchEstimator, fingerprint
 from hypertune.objective import Objective
-from hypertune.randomness import draw_seed, isolated, seed_torch
+from hypertune.randomness import draw_seed, isolated, rng_state, seed_torch, set_rng_state
 from hypertune.response import Fold, full_losses
 from hypertune.space import Space
-from hypertune.stacked import flat_weights
 from hypertune.training import make_values
 
 _MOST_WEIGHTS = 2**27  # of all models together
+_ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-6}
 # Optimizers that move each number by itself, so that many models are trained by one of them as each would be by its own.
 _ELEMENTWISE = tuple(
     getattr(torch.optim, name) for name in ("Adam", "AdamW", "SGD", "RMSprop", "Adagrad", "Adamax", "NAdam", "RAdam")
@@ -47,7 +49,7 @@ class Retrained:
     objective : Objective
         With running statistics of all of them, if there are any.
     keys : list of K str
-        Fingerprints of the folds' training rows.
+        Fingerprints of the folds' training rows; empty if these are no rows of fits of their own.
     n_outputs : int
         A fold that lacks a class is fitted alone, with fewer outputs.
     seed : int
@@ -136,7 +138,7 @@ def retrain(
     weights, curves = of_folds([part[0] for part in parts]), of_folds([part[1] for part in parts])
     kept = {k: of_folds([part[2][k] for part in parts]).flatten(0, 1) for k in parts[0][2]}
     objective = objective.with_statistics_of(K, C, kept)
-    keys = [fingerprint(*fold.train[:3]) for fold in folds]
+    keys = [] if folds[0].padded else [fingerprint(*fold.train[:3]) for fold in folds]
     return Retrained(space, prefix, lam, weights.cpu().numpy(), curves.cpu(), objective, keys, net.n_outputs_, seed)
 
 
@@ -145,32 +147,72 @@ def _train(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]] | None:
     """Weights (K, C, D), curves (K, C, epochs) and running statistics (K, C, ...) on folds with as many minibatches.
 
-    None under an optimizer that sees all weights, and where a fit would have frozen weights or buffers of its own, drawn at random.
+    None under an optimizer that sees all weights, and where some fit of its own would not begin as the stack does: with frozen weights
+    drawn at random, with a module or a penalty that draws random numbers for every model, ...
     """
     net, K, C = folds[0].net, len(folds), len(lam)
     objective = objective.with_statistics_of(K, C)
     stream = Minibatches([fold.train for fold in folds], net.batch_size, seed=seed)
-    per_epoch = stream.steps_per_epoch
+    per_epoch, batch = stream.steps_per_epoch, next(stream)
+    settings = [{k.removeprefix(prefix): v for k, v in space.decode(one).items()} for one in lam]
     with isolated(seed, net.device):
-        w0 = []
-        for fold in folds:
-            seed_torch(seed, net.device)  # each fit begins with it
-            module = fold.net._build_module()
-            if not objective.has_constants_of(module):
-                return None
-            w0.append(flat_weights(module))
-        w = nn.Parameter(torch.stack(w0)[:, None].repeat(1, C, 1))
+        # Every setting on the first fold, and the first setting on every other.
+        some = [(0, c) for c in range(C)] + [(k, 0) for k in range(1, K)]
+        own = [_first_step(folds[k], settings[c], batch.of(k), seed) for k, c in some]
+        w = nn.Parameter(torch.stack([one.w for one in own[:C]]).repeat(K, 1, 1))
+        if any(not torch.equal(one.noise[0], own[0].noise[0]) for one in own):
+            return None
+        set_rng_state(own[0].noise, w.device)
         values = make_values(space, prefix, objective, net)(lam.to(w), K)
         optimizer, schedule = net._make_optimizer([w], epochs * per_epoch)
-        hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-        if type(optimizer) not in _ELEMENTWISE or hooks:
+        hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks, w._backward_hooks)
+        if type(optimizer) not in _ELEMENTWISE or any(hooks):
             return None
         curves = torch.zeros(K, C, epochs, device=w.device, dtype=w.dtype)
         for number in range(epochs * per_epoch):
-            loss = objective.train_loss(w.flatten(0, 1), values, next(stream).repeat(C)).view(K, C)
+            loss = objective.train_loss(w.flatten(0, 1), values, batch.repeat(C)).view(K, C)
             (w.grad,) = torch.autograd.grad(loss.sum(), w)
+            if number == 0:
+                begun = torch.stack([_sketch(loss[k, c], w.grad[k, c]) for k, c in some])
+                if not _agree(begun, torch.stack([one.sketch for one in own])):
+                    return None
             optimizer.step()
             schedule.step()
             curves[..., number // per_epoch] += loss.detach() / per_epoch
+            batch = next(stream)
     kept = objective.statistics if objective.has_statistics else {}
     return w.detach(), curves, {k: b.unflatten(0, (K, C)) for k, b in kept.items()}
+
+
+class _FirstStep(NamedTuple):
+    """Of a fit of its own: initial weights (D,), the state of the random numbers after them, and its sketch."""
+
+    w: Tensor
+    noise: tuple[Tensor, Tensor | None]
+    sketch: Tensor
+
+
+def _first_step(fold: Fold, setting: dict[str, Any], batch: Batch, seed: int) -> _FirstStep:
+    """What a setting's own fit on the fold begins with: a stack that begins otherwise is not of such fits."""
+    net = copy.copy(fold.net).set_params(**setting)
+    seed_torch(seed, net.device)
+    module = net._build_module()
+    noise = rng_state(batch.x.device)
+    objective = net._make_objective(module)
+    w = objective.initial_weights()[None].requires_grad_()
+    loss = objective.train_loss(w, {}, batch)
+    (gradient,) = torch.autograd.grad(loss.sum(), w)
+    return _FirstStep(w.detach()[0], noise, _sketch(loss[0], gradient[0]))
+
+
+def _sketch(loss: Tensor, gradient: Tensor) -> Tensor:
+    """A loss () and its gradient (D,) in three numbers: the loss, the gradient's length, and a component of it."""
+    signs = torch.randint(0, 2, gradient.shape, generator=torch.Generator().manual_seed(0)).to(gradient) * 2 - 1
+    return torch.stack([loss.detach(), torch.linalg.vector_norm(gradient), gradient @ signs])
+
+
+def _agree(one: Tensor, other: Tensor) -> bool:
+    """Whether sketches (..., 3) are the same up to rounding; what is infinite says nothing."""
+    scale = torch.stack([other[..., 0].abs(), other[..., 1], other[..., 1]], dim=-1)
+    close = (one - other).abs() <= _ROUNDING[one.dtype] * (scale + 1e-3)
+    return bool((close | ~(one.isfinite() | other.isfinite())).all())

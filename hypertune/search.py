@@ -423,7 +423,8 @@ class HyperTrainingSearchCV(BaseSearchCV):
         space = with_rows(net, space, prefix)
         check_settings(type(self.estimator).__name__, self._settings(), space, prefix)
         check_names(net, space, prefix)
-        seed, folds = draw_seed(self.random_state), self._folds()
+        pads = self.evaluate == "retrain" and not any(h.grain in ("feature", "weight") for h in space.hyperparameters)
+        seed, folds = draw_seed(self.random_state), self._folds(pads)
         space, objective = stack(space, prefix, folds, _num_samples(self._inputs[0]), seed)
         settings = self._settings()
         current = space.encode({name: settings[name] for name in space.names})  # moved into the declared bounds
@@ -481,11 +482,13 @@ class HyperTrainingSearchCV(BaseSearchCV):
             settings[name] = 1.0  # what no weight means
         return settings
 
-    def _folds(self) -> list[Fold]:
+    def _folds(self, pads: bool) -> list[Fold]:
         """The splits of ``cv``, as scikit-learn would give them to the estimator."""
         X, y = self._inputs
         splits = self.cv.split(X, y, **self._routed.splitter.split)
-        return make_folds(self.estimator, X, y, splits, self._routed.estimator.fit, weighs_rows=self._weighs_rows())
+        return make_folds(
+            self.estimator, X, y, splits, self._routed.estimator.fit, weighs_rows=self._weighs_rows(), pads=pads
+        )
 
 
 class _DrawnOnce:

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from hypertune.modules import Reach, TensorDropout, Value, is_zero, plain_layers, run_layers, with_tensor_dropout
+from hypertune.modules import Reach, TensorDropout, Value, is_zero, plain_layers, run_layers, with_own_layers
 from hypertune.randomness import ONE_AT_A_TIME, rng_state, set_rng_state
 
 _CONVOLVED = 1_000_000  # multiplications for a row: larger convolutions are slower together, on a CPU
@@ -53,6 +53,8 @@ class StackedModule:
         Multiplications by weights for one row, as :meth:`try_stacking` counted them, but not less than D: a convolution has more.
     stacked : bool
         Whether M models share one pass. Set to False by :meth:`try_stacking` for modules that cannot.
+    first : str
+        Of the layers with weights the one that was called first in :meth:`try_stacking`; empty if that is the first one, too.
     statistics : dict from str to Tensor of shape (models, ...)
         Buffers that training writes into (BatchNorm's running statistics), for each fold or each model of a fold.
     """
@@ -66,9 +68,9 @@ class StackedModule:
         folds: int = 1,
     ):
         self.reach, self.inputs = dict(reach or {}), inputs
-        self.stacked = True
+        self.stacked, self.first = True, ""
         self._written = [k for k, b in module.named_buffers() if b.layout == torch.strided]
-        self._modules = {training: with_tensor_dropout(module).train(training) for training in (True, False)}
+        self._modules = {training: with_own_layers(module).train(training) for training in (True, False)}
         self._layers = {training: plain_layers(own) for training, own in self._modules.items()}
         self._dropouts = [sub for sub in self._modules[True].modules() if isinstance(sub, TensorDropout)]
         self._seed = 0
@@ -87,7 +89,7 @@ class StackedModule:
         return flat_weights(self._modules[True])
 
     def forget_weights(self) -> None:
-        """Make the module's own parameters zeros that take no memory: for a caller who has weights of its own."""
+        """Make the module's parameters zeros that take no memory: for a caller who has weights of its own, and nobody else's module."""
         for p in self._modules[True].parameters():
             if p.requires_grad:
                 p.data = p.new_zeros(()).expand(p.shape)
@@ -96,7 +98,7 @@ class StackedModule:
         """Weights (..., D) → views by parameter name, each (..., *shape)."""
         lead = w.shape[:-1]
         pieces = w.split(self._sizes, dim=-1)
-        return {k: piece.view(*lead, *s) for (k, s), piece in zip(self._shapes.items(), pieces, strict=True)}
+        return {k: piece.view((*lead, *s)) for (k, s), piece in zip(self._shapes.items(), pieces, strict=True)}
 
     def units(self) -> Tensor:
         """For each weight the number of the output unit (row of its parameter) it belongs to, shape (D,)."""
@@ -108,7 +110,10 @@ class StackedModule:
         return torch.cat(rows)
 
     def load_into(self, module: nn.Module, w: Tensor, model: int = 0) -> nn.Module:
-        """Copy the weights w (D,) of a model and its buffers, by its number, into a module of the same architecture."""
+        """Copy the weights w (D,) of a model and its buffers, by its number, into a module of the same architecture.
+
+        With them go tensors that the module keeps as plain attributes, which may have been drawn at random when it was built.
+        """
         buffers = {k: b[model] for k, b in self.statistics.items()}
         state = {**buffers, **self._constant_buffers, **self._constants, **self.named(w.detach())}
         if (names := {name for name, _ in module.named_parameters()}) != self._shapes.keys() | self._constants.keys():
@@ -119,6 +124,10 @@ class StackedModule:
             for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
                 if name in state:
                     tensor.copy_(state[name])
+        for path, sub in self._modules[False].named_modules():
+            for name, value in vars(sub).items():
+                if isinstance(value, Tensor):
+                    setattr(module.get_submodule(path), name, value.clone())
         return module
 
     # buffers
@@ -147,12 +156,6 @@ class StackedModule:
         """Whether training writes into buffers (BatchNorm's running statistics), as :meth:`try_stacking` found out."""
         return bool(self._written)
 
-    def has_constants_of(self, module: nn.Module) -> bool:
-        """Whether a module of the same architecture has the same frozen weights, and begins with the same buffers."""
-        ours = {**self._constants, **dict(self._modules[True].named_buffers())}
-        theirs = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        return all(_same(b.to_dense(), theirs[k].to_dense()) for k, b in ours.items())
-
     def _statistics_of(self, models: int, fold: int | None, keep: bool) -> dict[str, Tensor]:
         """Buffers of M models, (M, ...): those that are kept, where there are as many and they are to be; else copies."""
         own = slice(None) if fold is None else slice(fold * self._each, (fold + 1) * self._each)
@@ -177,29 +180,41 @@ class StackedModule:
         values : mapping from str to float
             A setting of the tuned hyperparameters.
         """
-        w = self.initial_weights().expand(2, -1)
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            self.outputs(self.named(w[:1]), x[None], values, training=False, fold=0)
+        w = self.initial_weights()
+        with torch.no_grad(), FlopCounterMode(display=False) as counter, self._noting_calls():
+            self.outputs(self.named(w[None]), x[None], values, training=False, fold=0)
         self.cost = max(self.D, counter.get_total_flops() // (2 * len(x)))
-        tensors = {k: w.new_tensor([v, v]) for k, v in values.items()}
-        one, two, noise = self.with_statistics_of(1, 1), self.with_statistics_of(1, 2), rng_state(x.device)
+        noise = rng_state(x.device)
+
+        def run(models: int, training: bool) -> tuple[StackedModule, Tensor, Tensor]:
+            """So many of the same: their module, outputs, and the gradient of these."""
+            module, own = self.with_statistics_of(1, models), w.expand(models, -1).clone().requires_grad_()
+            set_rng_state(noise, x.device)
+            rates = {k: w.new_tensor([v] * models) for k, v in values.items()} if models > 1 else values
+            outputs = module.outputs(module.named(own), x.expand(models, *x.shape), rates, training=training)
+            (gradient,) = torch.autograd.grad(outputs.square().sum(), own)
+            return module, outputs.detach(), gradient
+
         if self.statistics:
-            before = {k: b.clone() for k, b in one.statistics.items()}
-            with torch.no_grad():
-                one.outputs(one.named(w[:1]), x[None], values, training=True)
-            self._written = [k for k, b in one.statistics.items() if not _same(before[k], b)]
+            trained, _, _ = run(1, True)
+            before = self.with_statistics_of(1, 1).statistics
+            self._written = [k for k, b in trained.statistics.items() if not _same(before[k], b)]
             self.keep_statistics_of(self._models)
-            two = self.with_statistics_of(1, 2)
         if self._layers[True] is None and x.device.type == "cpu" and self.cost > max(_CONVOLVED, 4 * self.D):
             self.stacked = False
             return
         try:
             for training in (True, False):
-                set_rng_state(noise, x.device)
-                two.outputs(two.named(w), x.expand(2, *x.shape), tensors, training=training)
-                for k, b in two.statistics.items():
-                    alone = one.statistics[k].expand_as(b)
-                    torch.testing.assert_close(b, alone, rtol=1e-3, atol=1e-5, equal_nan=True)
+                one, two = run(1, training), run(2, training)
+                pairs = [(one[0].statistics[k], b) for k, b in two[0].statistics.items()]
+                for alone, both in [*pairs, (one[1], two[1]), (one[2], two[2])]:
+                    torch.testing.assert_close(
+                        both,
+                        alone.expand_as(both),
+                        rtol=1e-3,
+                        atol=1e-3 * float(alone.abs().max()) + 1e-6,
+                        equal_nan=True,
+                    )
         except Exception as error:
             self.stacked = False
             why = (str(error).partition(" We don't support")[0].splitlines() or [type(error).__name__])[0]
@@ -210,6 +225,23 @@ class StackedModule:
                 UserWarning,
                 stacklevel=2,
             )
+
+    @contextmanager
+    def _noting_calls(self) -> Iterator[None]:
+        """In the first pass: which layer with weights is called first."""
+
+        def note(path: str, *_: Any) -> None:
+            self.first = self.first or path
+
+        layers = [
+            (path, sub) for path, sub in self._modules[False].named_modules() if sub._parameters and not sub._modules
+        ]
+        hooks = [layer.register_forward_pre_hook(partial(note, path)) for path, layer in layers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def reads_in_eval_mode(self, x: Tensor, keyword: str, values: Sequence[float]) -> bool:
         """Whether the outputs for rows x (B, ...) in eval mode depend on a factory keyword's value."""
@@ -267,11 +299,12 @@ class StackedModule:
                 k: torch.as_tensor(v, dtype=like.dtype, device=like.device).expand(len(x)) for k, v in rates.items()
             }
             forward = partial(self._forward, training=training)
-            buffers = self._statistics_of(len(x), fold, keep)
+            x, buffers = x.clone(), self._statistics_of(len(x), fold, keep)  # the module may write into its rows
             # Of the kernels of attention the one that is batched over models. The choice is that of the process.
             with ONE_AT_A_TIME, sdpa_kernel(SDPBackend.MATH):
                 return vmap(forward, randomness="same")(named, tensors, x, buffers)
         outputs, noise, buffers = [], rng_state(x.device), self._statistics_of(len(x), fold, keep)
+        x = x.clone()
         for i in range(len(x)):
             set_rng_state(noise, x.device)  # the same noise for every model, as in the stacked pass
             own = {k: p[i] for k, p in named.items()}
@@ -291,7 +324,12 @@ class StackedModule:
         with self._set(training, rates), _no_fast_path():
             args, kwargs = arguments(x, self.inputs)
             state = {**named, **self._constants, **self._constant_buffers, **buffers}
-            outputs = functional_call(self._modules[training], state, args, kwargs, strict=True)
+            try:
+                outputs = functional_call(self._modules[training], state, args, kwargs, strict=True)
+            except IndexError as error:
+                raise IndexError(f"{error} (an embedding's codes go from 0 to num_embeddings - 1)") from error
+            if not isinstance(outputs, Tensor):
+                raise TypeError(f"its forward returns {type(outputs).__name__}, and not one tensor")
             for k, b in buffers.items():
                 if training and state[k] is not b:  # replaced, and not written into
                     b.copy_(state[k].detach())

@@ -194,8 +194,9 @@ def stack(space: Space, prefix: str, folds: list[Fold], n_rows: int, seed: int) 
     """
     net = folds[0].net
     with isolated(seed, net.device):
+        module = net._build_module()  # if it cannot be built as it is, that is not the hyperparameters' fault
         reaches = find_reaches(net, space, prefix)
-        objective = net._make_objective(net._build_module(), reach=reaches, folds=len(folds))
+        objective = net._make_objective(module, reach=reaches, folds=len(folds))
         x = folds[0].train.x[:2]  # of the validation rows there may be one
         net._check_outputs(objective, x)
         settings = net.get_params()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -65,6 +66,13 @@ def check_settings(owner: str, settings: Mapping[str, Any], space: Space, prefix
                 f"{where}: module is a {type(module).__name__} that is built already, so no keyword of it can be set. Give its class "
                 "or another factory (n_features_in, n_outputs) -> nn.Module with that keyword."
             )
+        if (
+            name not in settings
+            and name.startswith(f"{prefix}module__")
+            and inspect.isclass(module)
+            and hasattr(module, "get_params")
+        ):
+            raise ValueError(f"{where}: module is the class {module.__name__}; give it a factory, {module.__name__}().")
         if name not in settings and name.startswith(f"{prefix}module__") and module is None:
             raise ValueError(
                 f"{where}: module is None, which stands for MLP() and has no keywords to set. Give it: module=MLP()."
@@ -144,15 +152,18 @@ def find_reaches(net: Net, space: Space, prefix: str) -> dict[str, list[Reach]]:
         try:
             reaches[own] = find_reach(build, low, high)
         except ValueError as error:
-            raise ValueError(f"{where}: {error}{_ends(h)}. Set it on the estimator, or give it to {OUTER}.") from error
+            raise ValueError(
+                f"{where}: {error}{_ends(h)}. Give it a range that suits it, set it on the estimator, or give it to {OUTER}."
+            ) from error
         module = build(low)
-        for path, name, a, b in reaches[own]:
+        for path, _, a, b in reaches[own]:
             rates = sorted(a + b * bound for bound in h.support)
             if isinstance(module.get_submodule(path), nn.modules.dropout._DropoutNd) and not (
                 rates[0] >= 0 and rates[1] < 1
             ):
                 raise ValueError(
-                    f"{where}: the range takes {path}.{name} from {rates[0]:g} to {rates[1]:g}{_ends(h)}; a dropout rate must lie in [0, 1)."
+                    f"{where}: the range takes the rate of the {type(module.get_submodule(path)).__name__} {path!r} from {rates[0]:g} to "
+                    f"{rates[1]:g}{_ends(h)}; a dropout rate must lie in [0, 1): end the range before 1."
                 )
         taken = {(r.path, r.name) for key, found in reaches.items() if key != own for r in found}
         if both := [f"{r.path}.{r.name}" for r in reaches[own] if (r.path, r.name) in taken]:

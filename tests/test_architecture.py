@@ -16,7 +16,7 @@ ROOMS = {  # room -> the rooms it may import from
     "penalties": set(),
     "batches": set(),
     "hypernetworks": set(),
-    "losses": {"modules"},
+    "losses": {"factory", "modules"},
     "descent": {"space"},
     "stacked": {"modules", "randomness"},
     "objective": {"batches", "losses", "modules", "penalties", "stacked"},
@@ -52,7 +52,7 @@ ROOMS = {  # room -> the rooms it may import from
     "retraining": {"batches", "net", "objective", "randomness", "response", "space", "stacked", "training"},
     "starts": {"batches", "hyperprior", "objective", "response", "retraining", "space"},
     "candidates": {"objective", "response", "retraining", "space"},
-    "folds": {"net", "response", "skorch"},
+    "folds": {"batches", "net", "response", "skorch"},
     "optuna": {"search", "space"},
     "plotting": {"response", "search"},
     "search": {

@@ -10,7 +10,7 @@ import torch
 from numpy.testing import assert_allclose, assert_array_equal
 from sklearn.base import clone
 from sklearn.datasets import load_diabetes, make_regression
-from sklearn.linear_model import Ridge
+from sklearn.linear_model import Ridge, TweedieRegressor
 from sklearn.model_selection import GridSearchCV
 from sklearn.utils.estimator_checks import parametrize_with_checks
 from torch import nn
@@ -69,6 +69,33 @@ def test_a_linear_regressor_at_fixed_weight_decay_is_ridge():
 def test_one_hidden_layer_may_be_a_number():
     one, same = MLP(hidden=8)(4, 3), MLP(hidden=(8,))(4, 3)
     assert [p.shape for p in one.parameters()] == [p.shape for p in same.parameters()]
+
+
+def test_with_weight_decay_alone_it_is_a_generalised_linear_model():
+    """Half the deviance in units of the mean target, as scikit-learn's own regressors with a logarithmic link minimise it."""
+    X, _ = make_regression(80, 3, random_state=0)
+    rng = np.random.default_rng(0)
+    for criterion, power, y in (
+        ("poisson", 1, rng.poisson(2 * np.exp(0.5 * X[:, 0]))),
+        ("gamma", 2, 5 * np.exp(0.5 * X[:, 0]) * rng.gamma(2.0, size=80)),
+    ):
+        model = TorchRegressor(
+            MLP(hidden=()), criterion=criterion, weight_decay=0.1, lr=0.02, max_epochs=600, batch_size=80, dtype="float64",
+            random_state=0,
+        ).fit(X, y)  # fmt: skip
+        exact = TweedieRegressor(power=power, link="log", alpha=0.1, tol=1e-8).fit(X, y / y.mean())
+        assert_allclose(model.predict(X), y.mean() * exact.predict(X), rtol=1e-3)
+        assert model.predict(10 * X).min() > 0
+
+
+def test_a_schedule_of_ones_own_gets_the_share_that_is_done():
+    X, y = make_regression(60, 3, random_state=0)
+    shares = []
+    net = TorchRegressor(MLP(hidden=()), max_epochs=2, batch_size=20, random_state=0)
+    own = clone(net).set_params(lr_schedule=lambda share: shares.append(share) or 0.5)
+    half = clone(net).set_params(lr_schedule="constant", lr=net.lr / 2)
+    assert_allclose(own.fit(X, y).predict(X), half.fit(X, y).predict(X), rtol=1e-6)
+    assert_allclose(sorted(set(shares)), np.arange(7) / 6)
 
 
 def test_several_outputs():
@@ -149,6 +176,16 @@ def test_factories_are_searchable_and_travel(iris):
         model_factory(two_layers.function, depth=3)
     with pytest.raises(TypeError, match="wrap what builds it"):
         model_factory(nn.Linear(1, 1))
+
+
+def test_a_factory_is_its_users_and_keywords_make_another():
+    one, other = TorchClassifier(two_layers), TorchClassifier(two_layers).set_params(module__width=4)
+    assert one.get_params()["module__width"] == two_layers.get_params()["width"] == 8
+    assert other.get_params()["module__width"] == two_layers(width=4).get_params()["width"] == 4
+    assert two_layers(4, 3)[0].out_features == 8
+    assert two_layers(4, 3, width=5)[0].out_features == two_layers(width=5)(4, 3)[0].out_features == 5
+    with pytest.raises(ValueError, match="Invalid parameter 'depth'"):
+        two_layers(depth=3)
 
 
 def test_a_fitted_model_can_be_pickled(iris):

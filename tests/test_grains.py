@@ -150,6 +150,42 @@ def test_irrelevant_features_get_more_weight_decay_than_relevant_ones():
 
 
 @model_factory
+class Behind(nn.Module):
+    """What is registered first is not what sees the features."""
+
+    def __init__(self, n, m):
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(1, n))
+        self.out, self.first = nn.Linear(n, m), nn.Linear(n, n)
+
+    def forward(self, x):
+        return self.out(torch.relu(self.first(x + self.token)))
+
+
+class OfCodes(nn.Module):
+    """An embedding as wide as there are columns has no column for each of them."""
+
+    def __init__(self, n, m):
+        super().__init__()
+        self.embed, self.out = nn.Embedding(9, n), nn.Linear(n, m)
+
+    def forward(self, x):
+        return self.out(self.embed(x.long()).sum(1))
+
+
+def test_a_value_for_each_feature_is_one_of_the_layer_that_sees_them(iris):
+    X, y = iris
+    space = {"weight_decay": per_feature(loguniform(1e-4, 1e1))}
+    found = HyperTrainingSearchCV(TorchClassifier(Behind, max_epochs=2, random_state=0), space, cv=2, random_state=0)
+    shapes = {name: np.shape(value) for name, value in found.fit(X, y).best_params_["weight_decay"].items()}
+    assert shapes == {"token": (), "out.weight": (), "first.weight": (1, 4)}
+    codes = HyperTrainingSearchCV(TorchClassifier(OfCodes, max_epochs=2), space, cv=2)
+    with pytest.raises(
+        ValueError, match=r"the first layer's weight 'embed.weight' .* not one column for each of the 4"
+    ):
+        codes.fit(np.abs(X).round(), y)
+
+
 def conv(n_features_in, n_outputs):
     channels = n_features_in[0]
     return nn.Sequential(nn.Conv2d(channels, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 4, n_outputs))

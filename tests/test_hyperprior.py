@@ -15,7 +15,7 @@ from sklearn.model_selection import PredefinedSplit
 from hypertune import MLP, HyperTrainingSearchCV, TorchRegressor, per_feature, per_weight, training
 from hypertune.batches import Rows
 from hypertune.hyperprior import SCALES, choose_scale, vertex
-from hypertune.losses import absolute_error, cross_entropy, nats_per_unit, squared_error
+from hypertune.losses import absolute_error, cross_entropy, nats_per_unit, poisson_deviance, squared_error
 from hypertune.response import Fold
 
 
@@ -62,7 +62,10 @@ def test_every_scale_is_tuned_on_one_half_and_judged_on_the_other():
 
 def test_a_unit_of_a_loss_in_nats_is_the_slope_of_its_log_likelihood():
     value = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
-    for loss, nll in ((squared_error, lambda v: 4 / 2 * v.log()), (absolute_error, lambda v: 4 * v.log())):
+    of_squares = lambda v: 4 / 2 * v.log()  # noqa: E731
+    for loss, nll in (
+        (squared_error, of_squares), (poisson_deviance, of_squares), (absolute_error, lambda v: 4 * v.log())
+    ):  # fmt: skip
         (slope,) = torch.autograd.grad(nll(value), value)
         assert float(nats_per_unit(loss, value.detach(), 4)) == pytest.approx(float(slope))
     assert float(nats_per_unit(cross_entropy, value.detach(), 4)) == 1.0

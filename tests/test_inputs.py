@@ -14,7 +14,10 @@ import torch
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy import sparse
 from scipy.stats import loguniform, uniform
+from sklearn.base import clone
 from sklearn.compose import ColumnTransformer
+from sklearn.metrics import log_loss
+from sklearn.model_selection import KFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from torch import nn
@@ -183,3 +186,30 @@ def test_frames_with_columns_of_several_kinds_through_a_column_transformer(frame
     if frame is pd.DataFrame:
         with pytest.raises(ValueError, match="columns are missing"):
             found.predict(X.drop(columns="colour"))
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_folds_of_other_widths_are_filled_up_and_verified_as_they_are(noise: float):
+    """A category that one fold's training rows lack: zeros in the hyper-training, and none in the fits that are scored."""
+    rng = np.random.default_rng(0)
+    X = pd.DataFrame({"a": rng.normal(size=60), "b": rng.choice(["x", "y"], 60)})
+    X.loc[3, "b"], X.loc[30, "b"] = "rare", "rarer"
+    y = (X.a + (X.b == "x") > 0.5).to_numpy()
+    encode = ColumnTransformer([("b", OneHotEncoder(handle_unknown="ignore"), ["b"])], remainder="passthrough")
+    net = clone(NET).set_params(dtype="float64", input_noise=noise)
+    estimator, cv = make_pipeline(encode, net), KFold(3)
+    space = {f"torchclassifier__{name}": prior for name, prior in SPACE.items()}
+    search = HyperTrainingSearchCV(estimator, space, cv=cv, random_state=0, scoring="neg_log_loss", error_score="raise")
+    search.fit(X, y)
+    for setting, score in zip(search.cv_results_["params"], search.cv_results_["mean_test_score"], strict=True):
+        alone = cross_val_score(clone(estimator).set_params(**setting), X, y, cv=cv, scoring="neg_log_loss")
+        assert score == pytest.approx(alone.mean(), rel=1e-12)
+    assert search.best_estimator_[-1].n_features_in_ == 5
+    for k, (_, valid) in enumerate(cv.split(X)):
+        fitted = search.best_response_.estimator_at(fold=k)
+        assert fitted[-1].n_features_in_ == len(fitted[0].get_feature_names_out()) == 4 + (k == 2)
+        loss = log_loss(y[valid], fitted.predict_proba(X.iloc[valid]), labels=[False, True])
+        name = "torchclassifier__weight_decay"
+        assert loss == pytest.approx(
+            search.best_response_.validation_curve(name, [search.best_response_.params[name]])[0, k]
+        )

@@ -8,14 +8,14 @@ import pytest
 import torch
 from scipy.stats import loguniform, uniform
 from sklearn.base import clone
-from sklearn.compose import make_column_transformer
+from sklearn.compose import TransformedTargetRegressor, make_column_transformer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import KFold
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from torch import nn
 
-from hypertune import MLP, TorchClassifier, TorchRegressor, model_factory
+from hypertune import MLP, TorchClassifier, TorchRegressor, model_factory, per_feature
 from tests.test_search import NET, search
 
 
@@ -216,12 +216,19 @@ def test_keywords_of_no_module_are_refused_with_what_to_do(iris):
         search(estimator=TorchClassifier(), param_distributions={"module__dropout": uniform(0, 0.5)}).fit(*iris)
 
 
-def test_folds_of_other_widths_are_refused_with_what_to_do():
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"param_distributions": {"torchclassifier__weight_decay": per_feature(loguniform(1e-6, 1))}},
+        {"evaluate": "hypernetwork"},
+    ],
+)
+def test_folds_of_other_widths_are_refused_with_what_to_do_where_zeros_are_no_way_out(change):
     X = pd.DataFrame({"a": np.arange(30.0), "b": ["x"] * 24 + ["y"] * 5 + ["z"]})
     encode = make_column_transformer((OneHotEncoder(handle_unknown="ignore"), ["b"]), remainder="passthrough")
     own = search(
-        estimator=make_pipeline(encode, TorchClassifier(max_epochs=1)),
-        param_distributions={"torchclassifier__weight_decay": loguniform(1e-6, 1)}, cv=KFold(3),
+        estimator=make_pipeline(encode, TorchClassifier(max_epochs=1)), cv=KFold(3),
+        **({"param_distributions": {"torchclassifier__weight_decay": loguniform(1e-6, 1)}} | change),
     )  # fmt: skip
     with pytest.raises(ValueError, match="rows of other shapes in other folds"):
         own.fit(X, np.arange(30) % 2)
@@ -248,3 +255,69 @@ def test_what_a_criterion_raises_itself_is_not_reworded(iris):
 
     with pytest.raises(RuntimeError, match=r"^its own words$"):
         TorchRegressor(criterion=criterion, max_epochs=1).fit(iris[0], iris[0][:, :2])
+
+
+class Two(nn.Linear):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+class Codes(nn.Module):
+    def __init__(self, n, m):
+        super().__init__()
+        self.embed, self.out = nn.Embedding(3, 4), nn.Linear(4, m)
+
+    def forward(self, x):
+        return self.out(self.embed(x[:, 0].long()))
+
+
+@pytest.mark.parametrize(
+    ("net", "error", "message"),
+    [
+        (TorchClassifier(device="cuda:99"), ValueError, "device='cuda:99' is not to be had .* Here there is cpu"),
+        (TorchClassifier(MLP), TypeError, r"returned MLP, not a torch\.nn\.Module\. Give a factory, MLP\(\)"),
+        (TorchClassifier(Two), ValueError, "its forward returns tuple, and not one tensor"),
+        (TorchClassifier(Codes), ValueError, "an embedding's codes go from 0 to num_embeddings - 1"),
+        (TorchClassifier(lambda n, m: nn.utils.weight_norm(nn.Linear(n, m))), ValueError, r"cannot be copied .*parametrizations"),
+        (TorchClassifier(lambda n, m: nn.Sequential(nn.Embedding(n, m, max_norm=1.0))), ValueError, r"0 \(Embedding\) changes its own weights"),
+        (TorchClassifier(optimizer=torch.optim.LBFGS), TypeError, "step of optimizer .* is called with no closure"),
+        (TorchClassifier(optimizer=lambda params: None), TypeError, r"optimizer .* is called with \(params, lr=\.\.\.\)"),
+        (TorchClassifier(criterion=lambda outputs: None), TypeError, r"criterion .* is called with \(outputs, targets\)"),
+        (TorchClassifier(augment=lambda x: x), TypeError, r"augment .* is called with \(x, generator\)"),
+        (TorchClassifier(penalty=lambda: 0), TypeError, r"penalty .* is called with \(weights\)"),
+        (TorchClassifier(penalty=lambda w: w["nope"].sum()), ValueError, r"asked for the weights 'nope'; the module has \['1\.weight'"),
+        (TorchRegressor(criterion=nn.PoissonNLLLoss), ValueError, "criterion='poisson'"),
+        (TorchRegressor(criterion="gamma"), ValueError, "for targets that are positive; y goes from 0 to 2"),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+def test_an_estimator_that_cannot_be_fitted_says_so_in_words(iris, net, error, message):
+    with pytest.raises(error, match=message):
+        net.fit(*iris)
+
+
+@pytest.mark.parametrize(
+    ("net", "space", "message"),
+    [
+        (TorchClassifier(MLP), uniform(0, 0.5), r"module is the class MLP; give it a factory, MLP\(\)"),
+        (TorchClassifier(MLP(activation="rleu")), uniform(0, 0.5), r"^MLP\(activation='rleu'\)"),
+        (TorchClassifier(MLP()), uniform(0, 1.5), r"the factory does not take 1\.485 .*Give it a range that suits it"),
+        (TorchClassifier(MLP()), uniform(0, 1.0), r"the rate of the Dropout '3' from 0 to 1; .*end the range before 1"),
+    ],
+)
+@pytest.mark.usefixtures("no_training")
+def test_it_is_not_the_hyperparameter_that_is_blamed(iris, net, space, message):
+    with pytest.raises(ValueError, match=message):
+        search(estimator=net, param_distributions={"module__dropout": space}).fit(*iris)
+
+
+@pytest.mark.usefixtures("no_training")
+def test_rows_that_are_not_flat_need_a_module_that_takes_them(iris):
+    X, y = iris
+    with pytest.raises(ValueError, match=r"^MLP takes rows of numbers, and these have the shape \(2, 2\)"):
+        search().fit(X.reshape(-1, 2, 2), y)
+
+
+def test_a_target_transformer_goes_around_the_search(iris):
+    with pytest.raises(TypeError, match=r"put it around the search instead"):
+        search(estimator=TransformedTargetRegressor(TorchRegressor())).fit(*iris)

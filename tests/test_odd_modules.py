@@ -1,0 +1,257 @@
+"""Modules, optimizers and penalties that do odd things: what a search verifies is a fit of its own, and the user's is left alone."""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose, assert_array_equal
+from scipy.stats import loguniform, uniform
+from sklearn.base import clone
+from sklearn.metrics import log_loss
+from sklearn.model_selection import KFold, cross_val_score
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from hypertune import MLP, HyperTrainingSearchCV, TorchClassifier, model_factory
+
+_rng = np.random.default_rng(0)
+X = np.column_stack([_rng.normal(size=(90, 3)), _rng.integers(0, 4, (90, 2))])
+y = (X[:, 0] + X[:, 1] + 0.5 * _rng.normal(size=90) > 0).astype(int)
+DECAY = {"weight_decay": loguniform(1e-4, 1e1)}
+NET = TorchClassifier(dtype="float64", max_epochs=4, batch_size=16, random_state=7, lr=1e-2)
+CODES = {"num": [0, 1, 2], "code": [3, 4]}
+
+
+def search(space: Any = DECAY, **params: Any) -> HyperTrainingSearchCV:
+    return HyperTrainingSearchCV(
+        clone(NET).set_params(**params), space, cv=KFold(3), random_state=0, scoring="neg_log_loss", hyper_lr=0.3,
+        error_score="raise",
+    )  # fmt: skip
+
+
+class Padded(nn.Module):
+    """vmap forgets the padding row."""
+
+    def __init__(self, widths: dict[str, int], m: int):
+        super().__init__()
+        self.embed, self.out = nn.Embedding(4, 3, padding_idx=0), nn.Linear(widths["num"] + 3, m)
+
+    def forward(self, num, code):
+        return self.out(torch.cat([num, self.embed(code.long()).sum(1)], 1))
+
+
+class RandomFeatures(nn.Module):
+    """A tensor that is no buffer."""
+
+    def __init__(self, n: int, m: int):
+        super().__init__()
+        self.B, self.out = torch.randn(n, 16, dtype=torch.float64), nn.Linear(16, m)
+
+    def forward(self, x):
+        return self.out(torch.cos(x @ self.B))
+
+
+class Shuffled(nn.Linear):
+    def __init__(self, n: int, m: int):
+        super().__init__(n, m)
+        self.order = torch.randperm(n).tolist()
+
+    def forward(self, x):
+        return super().forward(x[:, self.order] * torch.arange(x.shape[1]))
+
+
+class ScaledStart(nn.Sequential):
+    """The tuned rate has a say in the initial weights."""
+
+    def __init__(self, n: int, m: int, *, dropout: float = 0.1):
+        super().__init__(nn.Linear(n, 8), nn.ReLU(), nn.Dropout(dropout), nn.Linear(8, m))
+        nn.init.normal_(self[0].weight, std=0.5 * (1 - dropout))
+
+
+class InAList(nn.Module):
+    """Layers that a list of the module's own holds, too."""
+
+    def __init__(self, n: int, m: int):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(n, 8), nn.Linear(8, 8)])
+        self.drops = nn.ModuleList([nn.Dropout(0.3), nn.Dropout(0.3)])
+        self.pairs, self.out = list(zip(self.layers, self.drops, strict=True)), nn.Linear(8, m)
+
+    def forward(self, x):
+        for layer, drop in self.pairs:
+            x = drop(torch.relu(layer(x)))
+        return self.out(x)
+
+
+class WritesIntoItsRows(nn.Linear):
+    def forward(self, x):
+        x -= 1.0
+        return super().forward(x)
+
+
+class Temperature(nn.Linear):
+    """A parameter of no dimension."""
+
+    def __init__(self, n: int, m: int):
+        super().__init__(n, m)
+        self.t = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x):
+        return self.t * super().forward(x)
+
+
+class Recomputed(nn.Module):
+    def __init__(self, n: int, m: int):
+        super().__init__()
+        self.hidden, self.out = nn.Sequential(nn.Linear(n, 8), nn.Tanh()), nn.Linear(8, m)
+
+    def forward(self, x):
+        return self.out(checkpoint(self.hidden, x, use_reentrant=False))
+
+
+class TwoInputs(nn.Module):
+    def __init__(self, widths: dict[str, int], m: int):
+        super().__init__()
+        self.out = nn.Linear(sum(widths.values()), m)
+
+    def forward(self, num, code):
+        return self.out(torch.cat([num, code], 1))
+
+
+class Counts(nn.Sequential):
+    """A state that is a number."""
+
+    def __init__(self, n: int, m: int):
+        super().__init__(nn.Linear(n, 8), nn.ReLU(), nn.Linear(8, m))
+        self.t = 0
+
+    def forward(self, x):
+        self.t += self.training
+        return super().forward(x) * (1 + 1 / (1 + 0.1 * self.t))
+
+
+def clipped(params, lr):
+    for p in params:
+        p.register_hook(lambda g: g * (0.05 / g.norm()).clamp(max=1))
+    return torch.optim.SGD(params, lr=lr)
+
+
+def random_penalty(weights, strength=0.01):
+    matrix = weights["1.weight"]
+    return strength * (matrix @ torch.randn(matrix.shape[1], dtype=matrix.dtype)).square().sum()
+
+
+ODD: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "padding": ({"module": Padded, "inputs": CODES}, DECAY),
+    "random features": ({"module": RandomFeatures}, DECAY),
+    "random order": ({"module": Shuffled}, DECAY),
+    "scaled start": ({"module": model_factory(ScaledStart)}, {"module__dropout": uniform(0, 0.8)}),
+    "in a list": ({"module": InAList}, DECAY),
+    "writes": ({"module": WritesIntoItsRows}, DECAY),
+    "temperature": ({"module": Temperature}, DECAY),
+    "checkpoint": ({"module": Recomputed}, DECAY),
+    "codes in one fold": ({"module": TwoInputs, "inputs": CODES, "input_noise": 0.5, "mixup": 0.5}, DECAY),
+    "counts": ({"module": Counts}, DECAY),
+    "clipped": ({"module": MLP((8,)), "optimizer": clipped, "lr": 0.5}, DECAY),
+    "random penalty": ({"module": MLP((8,)), "penalty": random_penalty}, {"penalty__strength": loguniform(1e-4, 1)}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The folds are trained one after the other")
+@pytest.mark.parametrize("odd", ODD)
+def test_what_is_verified_is_a_fit_of_its_own(odd: str):
+    params, space = ODD[odd]
+    rows = X.copy()
+    if odd == "codes in one fold":
+        rows[5, 3] = 0.5
+    before = torch.get_rng_state()
+    found = search(space, **params).fit(rows, y)
+    assert torch.equal(torch.get_rng_state(), before)
+    for setting, score in zip(found.cv_results_["params"], found.cv_results_["mean_test_score"], strict=True):
+        alone = clone(NET).set_params(**params, **setting)
+        own = cross_val_score(alone, rows, y, cv=KFold(3), scoring="neg_log_loss").mean()
+        assert_allclose(score, own, rtol=1e-7)
+
+
+def test_the_padding_row_stays_and_the_others_learn():
+    module = search(module=Padded, inputs=CODES).fit(X, y).best_response_.weights(fold=1)["embed.weight"]
+    start = clone(NET).set_params(module=Padded, inputs=CODES).fit(X, y).module_.embed.weight
+    assert not module[0].any()
+    assert not start[0].any()
+    assert module[1:].all()
+
+
+def test_an_estimator_of_the_response_has_what_the_module_was_drawn_with():
+    found = search(module=RandomFeatures).set_params(random_state=5).fit(X, y).best_response_
+    for k, (_, valid) in enumerate(KFold(3).split(X)):
+        loss = log_loss(y[valid], found.estimator_at(fold=k).predict_proba(X[valid]), labels=[0, 1])
+        assert loss == pytest.approx(found.validation_curve("weight_decay", [found.params["weight_decay"]])[0, k])
+
+
+@pytest.mark.filterwarnings("ignore:The folds are trained one after the other")
+@pytest.mark.parametrize("recurrent", [False, True])
+def test_a_backbone_that_the_factory_shares_is_left_alone(recurrent: bool):
+    """Of its own net the user tunes a copy, from the weights that it has."""
+    torch.manual_seed(0)
+    backbone = nn.GRU(5, 8) if recurrent else nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8))
+    before = {k: v.clone() for k, v in backbone.state_dict().items()}
+
+    class Tuned(nn.Module):
+        def __init__(self, n, m):
+            super().__init__()
+            self.backbone, self.out = backbone, nn.Linear(8, m)
+
+        def forward(self, x):
+            hidden = self.backbone(x[None])[0][0] if recurrent else self.backbone(x)
+            return self.out(torch.relu(hidden))
+
+    net = {"module": Tuned, "dtype": "float32", "lr": 1e-6, "max_epochs": 1}
+    found = search(**net).fit(X, y)
+    for own in (backbone, found.best_estimator_.module_.backbone):
+        for k, v in own.state_dict().items():
+            if "running" not in k and "tracked" not in k:
+                torch.testing.assert_close(v, before[k], rtol=0, atol=1e-3)
+    assert all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())
+
+
+def test_rows_that_a_module_writes_into_are_the_same_in_the_next_epoch():
+    class Shifts(nn.Linear):
+        def forward(self, x):
+            return super().forward(x - 1.0)
+
+    own, other = (clone(NET).set_params(module=module).fit(X, y) for module in (WritesIntoItsRows, Shifts))
+    assert_array_equal(own.predict_proba(X), other.predict_proba(X))
+
+
+def test_a_forward_of_its_own_is_what_is_trained():
+    class Tripled(nn.Sequential):
+        def forward(self, x):
+            return 3 * super().forward(x)
+
+    def patched(n, m):
+        module = nn.Sequential(nn.Linear(n, 8), nn.ReLU(), nn.Linear(8, m))
+        module.forward = types.MethodType(lambda self, x: 3 * nn.Sequential.forward(self, x), module)
+        return module
+
+    declared = functools.partial(lambda n, m: Tripled(nn.Linear(n, 8), nn.ReLU(), nn.Linear(8, m)))
+    own, other = (clone(NET).set_params(module=module).fit(X, y) for module in (patched, declared))
+    assert_allclose(own.predict_proba(X), other.predict_proba(X), rtol=1e-9)
+
+
+def test_a_function_that_holds_on_to_the_module_is_refused():
+    class Held(nn.Module):
+        def __init__(self, n, m):
+            super().__init__()
+            self.hidden, self.out = nn.Linear(n, 8), nn.Linear(8, m)
+            self.block = lambda x: torch.relu(self.hidden(x))
+
+        def forward(self, x):
+            return self.out(self.block(x))
+
+    with pytest.raises(ValueError, match=r"keeps a function, 'block', .*Make it a method"):
+        clone(NET).set_params(module=Held).fit(X, y)
