@@ -71,9 +71,9 @@ def retrain_candidates(
         towards = first.lam[losses.argmin()] - tuned
         if further := _new([space.clip(tuned + times * towards) for times in line], tried):
             second = retrain(space, prefix, folds, objective, torch.stack(further), seed=first.seed)
-            assert second is not None  # the first could be
-            tried, retrained = [*tried, *further], [first, second]
-            losses = torch.cat([losses, second.validation_losses(folds)])
+            if second is not None:
+                tried, retrained = [*tried, *further], [first, second]
+                losses = torch.cat([losses, second.validation_losses(folds)])
     added = [lam for lam, loss in zip(tried[given:], losses[given:], strict=True) if loss.isfinite()]
     # Those that were added say less of how far a response is off: they were chosen by their losses, and lie on one line.
     return [*candidates, *added], [] if watched else retrained, (torch.stack(candidates), losses[:given])

@@ -27,6 +27,8 @@ from hypertune.losses import CLASSIFICATION_LOSSES, LOGARITHMIC, REGRESSION_LOSS
 from hypertune.net import TorchEstimator
 from hypertune.objective import LOSS_HYPERPARAMETERS
 
+_MOST_LOG = 300.0  # of a predicted mean: neither zero nor infinite
+
 
 class TorchClassifier(ClassifierMixin, TorchEstimator):
     """A torch classifier with scikit-learn's manners, trained from scratch by minibatches.
@@ -69,7 +71,7 @@ class TorchClassifier(ClassifierMixin, TorchEstimator):
         Learning rate at the start.
     lr_schedule : {"cosine", "constant"} or callable ``share -> factor``, default="cosine"
         How the learning rate changes over the run; "cosine" ends at zero. A callable gets the share of the run that is done, from 0
-        to 1, and returns what ``lr`` is multiplied by: a warm-up, one cycle, steps.
+        to 1, and returns what ``lr`` is multiplied by, 1 at its largest: a warm-up, one cycle, steps.
     batch_size : int, default=64
         Rows of a minibatch; all rows if there are fewer.
     max_epochs : int, default=100
@@ -217,7 +219,7 @@ class TorchRegressor(RegressorMixin, TorchEstimator):
         Learning rate at the start.
     lr_schedule : {"cosine", "constant"} or callable ``share -> factor``, default="cosine"
         How the learning rate changes over the run; "cosine" ends at zero. A callable gets the share of the run that is done, from 0
-        to 1, and returns what ``lr`` is multiplied by: a warm-up, one cycle, steps.
+        to 1, and returns what ``lr`` is multiplied by, 1 at its largest: a warm-up, one cycle, steps.
     batch_size : int, default=64
         Rows of a minibatch; all rows if there are fewer.
     max_epochs : int, default=100
@@ -310,7 +312,8 @@ class TorchRegressor(RegressorMixin, TorchEstimator):
         self._target_shape = y.shape[1:]
         self.n_outputs_ = columns.shape[1]
         self._target_mean = np.average(columns, axis=0, weights=sample_weight)
-        if self._is_logarithmic():
+        self._logarithmic = isinstance(self.criterion, str) and self.criterion in LOGARITHMIC
+        if self._logarithmic:
             self._refuse_targets(columns)
             return
         scale = np.sqrt(np.average((columns - self._target_mean) ** 2, axis=0, weights=sample_weight))
@@ -318,18 +321,15 @@ class TorchRegressor(RegressorMixin, TorchEstimator):
 
     def _encode_targets(self, y: np.ndarray) -> Tensor:
         columns = np.asarray(y, dtype=np.float64).reshape(len(y), -1)
-        if self._is_logarithmic():
+        if self._logarithmic:
             self._refuse_targets(columns)
             return self._tensor(columns / self._target_mean)
         return self._tensor((columns - self._target_mean) / self._target_scale)
 
-    def _is_logarithmic(self) -> bool:
-        return isinstance(self.criterion, str) and self.criterion in LOGARITHMIC
-
     def _refuse_targets(self, columns: np.ndarray) -> None:
         """Those that a criterion with a logarithmic link has no likelihood for."""
         zeros = LOGARITHMIC[self.criterion]
-        if (columns < 0).any() or (not zeros and (columns == 0).any()) or not (columns.mean(axis=0) > 0).all():
+        if (columns < 0).any() or (not zeros and (columns == 0).any()) or not (self._target_mean > 0).all():
             raise ValueError(
                 f"criterion={self.criterion!r} is for targets that are {'zero or positive, and not all zero' if zeros else 'positive'}; "
                 f"y goes from {columns.min():g} to {columns.max():g}."
@@ -338,8 +338,8 @@ class TorchRegressor(RegressorMixin, TorchEstimator):
     def predict(self, X: Any) -> np.ndarray:
         """Predicted targets, (n_samples,) or (n_samples, n_outputs) as in fit."""
         outputs = self._outputs(X)
-        if self._is_logarithmic():
-            outputs = np.exp(outputs) * self._target_mean
+        if self._logarithmic:
+            outputs = np.exp(outputs.clip(-_MOST_LOG, _MOST_LOG)) * self._target_mean
         else:
             outputs = outputs * self._target_scale + self._target_mean
         return outputs.reshape(len(outputs), *self._target_shape)

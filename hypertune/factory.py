@@ -98,8 +98,9 @@ class ModelFactory:
 
     def __call__(self, *shape: Any, **params: Any) -> Any:
         """``(n_features_in, n_outputs)``: build the model; ``(width=...)``, without them: a factory with other keywords."""
-        other = clone(self).set_params(**params) if params else self
-        return other.function(*shape, **other._params) if shape or not params else other
+        if params and not shape and params.keys() <= self._params.keys():
+            return clone(self).set_params(**params)
+        return self.function(*shape, **(self._params | params))
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """The function's keywords and their current values."""

@@ -90,7 +90,7 @@ def make_folds(
         raise ValueError(
             f"The steps before the net give rows of other shapes in other folds: {shapes}. Folds are trained together, so their nets "
             "must be of one size. Zeros fill up missing columns, but not of a skorch net or one of several inputs, with a hyperparameter for "
-            "each feature or weight, or with evaluate='hypernetwork': fix what the steps make of the columns (categories=... of an "
+            "each unit, weight or feature, or with evaluate='hypernetwork' (check_hypergradient sets that): fix what the steps make of the columns (categories=... of an "
             "encoder, a number of features of a selection), or encode X before the search."
         )
     return [_widened(fold, min(shapes)[0], max(shapes)[0]) for fold in folds]

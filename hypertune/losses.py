@@ -71,8 +71,14 @@ REGRESSION_LOSSES: dict[str, Loss] = {
     "poisson": poisson_deviance,
     "gamma": gamma_deviance,
 }
-# Regression losses whose outputs are logarithms of means: the criterion, and whether a target may be zero.
+# Criteria whose outputs are logarithms of means, and whether a target may be zero.
 LOGARITHMIC = {"poisson": True, "gamma": False}
+
+
+def output_scale(loss: Loss, y: Tensor) -> float:
+    """What a module's outputs are on the scale of: logits and logarithms, or targets y."""
+    logarithms = not y.is_floating_point() or loss in [REGRESSION_LOSSES[name] for name in LOGARITHMIC]
+    return 1.0 if logarithms else float(y.std())
 
 
 def nats_per_unit(loss: Loss, value: Tensor, outputs: int) -> Tensor:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from types import CellType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -141,8 +142,37 @@ def with_own_layers(module: nn.Module) -> nn.Module:
     return module
 
 
+class _NoDropout:
+    """Of a recurrent layer in training mode: with it that is eval mode."""
+
+    dropout = property(lambda self: 0.0, lambda self, rate: None)
+
+
+class _RNN(_NoDropout, nn.RNN): ...
+
+
+class _LSTM(_NoDropout, nn.LSTM): ...
+
+
+class _GRU(_NoDropout, nn.GRU): ...
+
+
+_RECURRENT: dict[type[nn.Module], type[nn.Module]] = {nn.RNN: _RNN, nn.LSTM: _LSTM, nn.GRU: _GRU}
+
+
+def differentiable_in_eval_mode(module: nn.Module) -> nn.Module:
+    """The module, in eval mode, with recurrent layers that cuDNN, too, gives the gradient of: it does so in training mode only."""
+    module.eval()
+    for sub in module.modules():
+        if (own := _RECURRENT.get(type(sub))) is not None:
+            sub.__class__ = own
+            sub.training = True
+    return module
+
+
 def refuse_modules(module: nn.Module) -> None:
     """Raise ValueError, with the submodule's name, for what cannot be trained as a function of its weights."""
+    inside = set(module.modules())
     for path, sub in module.named_modules():
         where = f"{path or 'the module'} ({type(sub).__name__})"
         if any(nn.parameter.is_lazy(p) for p in sub.parameters(recurse=False)):
@@ -151,13 +181,12 @@ def refuse_modules(module: nn.Module) -> None:
                 "n_features_in, so use the eager layer (nn.Linear for nn.LazyLinear)."
             )
         for name, value in vars(sub).items():
-            held = [cell.cell_contents for cell in getattr(value, "__closure__", None) or () if _is_filled(cell)]
-            if any(isinstance(own, nn.Module) for own in held):
+            if name not in _OF_EVERY_MODULE and any(own in inside for own in _held_by(value)):
                 raise ValueError(
                     f"{where} keeps a function, {name!r}, that holds on to a module by name: in a copy of it, and copies are what is "
                     "trained, the function would go on calling the first one. Make it a method."
                 )
-        if getattr(sub, "max_norm", None) is not None:
+        if isinstance(sub, (nn.Embedding, nn.EmbeddingBag)) and sub.max_norm is not None:
             raise ValueError(
                 f"{where} changes its own weights as it runs (max_norm): max_norm=None, and a weight_decay."
             )
@@ -167,12 +196,20 @@ def refuse_modules(module: nn.Module) -> None:
             )
 
 
-def _is_filled(cell: Any) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return False
-    return True
+_OF_EVERY_MODULE = vars(nn.Module()).keys()
+
+
+def _held_by(value: Any) -> Iterator[Any]:
+    """The modules that a function, or one in a list or dict, has in its closure or its defaults, also by their methods."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    for function in value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(function, FunctionType):
+            cells = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
+            for own in (*cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+                holder = getattr(own, "__self__", own)
+                if isinstance(holder, nn.Module):
+                    yield holder
 
 
 # --- where a factory keyword arrives in the module ---------------------------------------------------------------------

@@ -30,7 +30,7 @@ from hypertune.factory import MLP, check_call, keywords_of, with_keywords
 from hypertune.losses import Loss, as_loss
 from hypertune.modules import Reach, is_zero, refuse_modules
 from hypertune.objective import LOSS_HYPERPARAMETERS, NO_NOISE, Objective
-from hypertune.randomness import draw_seed, isolated
+from hypertune.randomness import draw_seed, isolated, rng_state, set_rng_state
 from hypertune.stacked import arguments
 
 _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -427,7 +427,7 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
         # A copy: what the factory returns may be the user's, and the same every time.
         try:
             module = copy.deepcopy(module)
-        except RuntimeError as error:
+        except (RuntimeError, TypeError, NotImplementedError) as error:
             raise ValueError(
                 f"The factory {self.module!r} returned a module that cannot be copied ({error}). Of torch's weight_norm and spectral_norm "
                 "those in torch.nn.utils.parametrizations can."
@@ -461,11 +461,20 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
         make = _OPTIMIZERS[self.optimizer] if isinstance(self.optimizer, str) else self.optimizer
         check_call(f"optimizer {self.optimizer!r}", "(params, lr=...)", make, params, lr=self.lr)
         optimizer = make(params, lr=self.lr)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer {self.optimizer!r} returned {optimizer!r}, and not a torch optimizer.")
         check_call(f"The step of optimizer {self.optimizer!r}", "no closure", type(optimizer).step, optimizer)
         schedule = _LR_SCHEDULES[self.lr_schedule] if isinstance(self.lr_schedule, str) else self.lr_schedule
+        peak = max(schedule(i / 20) for i in range(21))
+        if not 0.5 <= peak <= 2:
+            raise ValueError(
+                f"lr_schedule={self.lr_schedule!r} multiplies lr={self.lr:g} by at most {peak:g}. Let its largest factor be 1, "
+                "and lr the largest rate."
+            )
         return optimizer, scheduled(optimizer, schedule, steps)
 
     def _check_outputs(self, objective: Objective, x: Tensor) -> None:
+        noise = rng_state(x.device)
         try:
             outputs = objective.predict(objective.initial_weights()[None], x[None])[0]
         except (RuntimeError, IndexError, TypeError) as error:
@@ -477,6 +486,7 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
                 f"The module of {self.module!r} maps {len(x)} rows to shape {tuple(outputs.shape)}; expected "
                 f"({len(x)}, {self.n_outputs_}): one column per {'class' if isinstance(self, ClassifierMixin) else 'output'}."
             )
+        set_rng_state(noise, x.device)
         ones = torch.ones(len(x)).to(outputs)
         if self.criterion == "cross_entropy" and (outputs > 0).all() and torch.allclose(outputs.sum(dim=1), ones):
             warnings.warn(

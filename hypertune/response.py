@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hypertune.batches import Batch, Rows
 from hypertune.hypernetworks import Hypernetwork
+from hypertune.losses import output_scale
 from hypertune.net import Net, fingerprint, gradients
 from hypertune.objective import Objective
 from hypertune.randomness import isolated
@@ -88,6 +89,8 @@ class BestResponse:
         Slope of the validation loss (mean over folds) in λ, averaged over the last part of the path.
     sigma : Tensor of shape (n,), optional
         Standard deviation of the λ that the response was learned from, where it is linear.
+    seed : int, default=0
+        With which the objective's module was built: what it drew for itself then belongs to the weights.
     verified : tuple of Tensor of shape (C, n) and Tensor of shape (C,), optional
         Settings λ that were retrained, and their validation losses, mean over folds.
 
@@ -105,6 +108,7 @@ class BestResponse:
     folds: list[Fold]
     hypergradient: Tensor | None = None
     sigma: Tensor | None = None
+    seed: int = 0
     verified: tuple[Tensor, Tensor] | None = None
 
     def weights(self, params: Mapping[str, Value] | None = None, *, fold: int = 0) -> dict[str, Tensor]:
@@ -205,7 +209,7 @@ class BestResponse:
         if self.verified is None:
             raise ValueError(
                 "No retrained candidates are known to this response, so that nobody knows how far it is off. They are known where the "
-                "search may retrain them in one stacked pass: a module that can be stacked (no recurrent layers, no skorch net), an "
+                "search may retrain them in one stacked pass: a module that can be stacked (no recurrent layers, no skorch net, nothing drawn at random when it is built), an "
                 'optimizer such as Adam or SGD, evaluate="retrain", and with start="estimator" no callback and no verbose estimator.'
             )
         settings, losses = self.verified
@@ -239,14 +243,14 @@ class BestResponse:
         for k, fold in enumerate(self.folds):
             x, y, *_ = fold.with_fewer_valid(_LOOKED_AT).valid
             if len(x) > 1:
-                scale = float(y.std()) if y.is_floating_point() else 1.0
+                scale = output_scale(self.objective.loss, y)
                 if self.objective.predict(w[k], x[None], fold=k)[0].std(dim=0).max() >= _NOTHING * scale:
                     return False
                 known = True
         return known
 
     def _module(self, net: Net, lam: Tensor, fold: int) -> nn.Module:
-        with isolated(0, net.device):
+        with isolated(self.seed, net.device):
             module = net._build_module()
         return self.objective.load_into(module, self._weights(lam)[fold, 0], fold)
 

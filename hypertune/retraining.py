@@ -89,7 +89,7 @@ class Retrained:
         curve = self.curves[k, c]
         if not curve.isfinite().all():
             return False  # it fails in its own fit, with its own message
-        with isolated(0, net.device):
+        with isolated(self.seed, net.device):  # what a module draws for itself belongs to its weights
             module = net._build_module()
         net._adopt(self.objective.load_into(module, torch.tensor(self.weights[k, c]), k * len(self.lam) + c))
         net.loss_curve_ = curve.tolist()
@@ -159,10 +159,11 @@ def _train(
         # Every setting on the first fold, and the first setting on every other.
         some = [(0, c) for c in range(C)] + [(k, 0) for k in range(1, K)]
         own = [_first_step(folds[k], settings[c], batch.of(k), seed) for k, c in some]
-        w = nn.Parameter(torch.stack([one.w for one in own[:C]]).repeat(K, 1, 1))
+        w, alone = nn.Parameter(torch.stack([one.w for one in own[:C]]).repeat(K, 1, 1)), [one.sketch for one in own]
         if any(not torch.equal(one.noise[0], own[0].noise[0]) for one in own):
             return None
         set_rng_state(own[0].noise, w.device)
+        del own  # as many models
         values = make_values(space, prefix, objective, net)(lam.to(w), K)
         optimizer, schedule = net._make_optimizer([w], epochs * per_epoch)
         hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks, w._backward_hooks)
@@ -174,7 +175,7 @@ def _train(
             (w.grad,) = torch.autograd.grad(loss.sum(), w)
             if number == 0:
                 begun = torch.stack([_sketch(loss[k, c], w.grad[k, c]) for k, c in some])
-                if not _agree(begun, torch.stack([one.sketch for one in own])):
+                if not _agree(begun, torch.stack(alone), _ROUNDING[w.dtype]):
                     return None
             optimizer.step()
             schedule.step()
@@ -199,6 +200,7 @@ def _first_step(fold: Fold, setting: dict[str, Any], batch: Batch, seed: int) ->
     module = net._build_module()
     noise = rng_state(batch.x.device)
     objective = net._make_objective(module)
+    net._check_outputs(objective, batch.x[0, :2])
     w = objective.initial_weights()[None].requires_grad_()
     loss = objective.train_loss(w, {}, batch)
     (gradient,) = torch.autograd.grad(loss.sum(), w)
@@ -211,8 +213,8 @@ def _sketch(loss: Tensor, gradient: Tensor) -> Tensor:
     return torch.stack([loss.detach(), torch.linalg.vector_norm(gradient), gradient @ signs])
 
 
-def _agree(one: Tensor, other: Tensor) -> bool:
+def _agree(one: Tensor, other: Tensor, rounding: float) -> bool:
     """Whether sketches (..., 3) are the same up to rounding; what is infinite says nothing."""
     scale = torch.stack([other[..., 0].abs(), other[..., 1], other[..., 1]], dim=-1)
-    close = (one - other).abs() <= _ROUNDING[one.dtype] * (scale + 1e-3)
+    close = (one - other).abs() <= rounding * (scale + 1e-3)
     return bool((close | ~(one.isfinite() | other.isfinite())).all())

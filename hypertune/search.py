@@ -423,7 +423,9 @@ class HyperTrainingSearchCV(BaseSearchCV):
         space = with_rows(net, space, prefix)
         check_settings(type(self.estimator).__name__, self._settings(), space, prefix)
         check_names(net, space, prefix)
-        pads = self.evaluate == "retrain" and not any(h.grain in ("feature", "weight") for h in space.hyperparameters)
+        pads = self.evaluate == "retrain" and not any(
+            h.grain in ("unit", "feature", "weight") for h in space.hyperparameters
+        )
         seed, folds = draw_seed(self.random_state), self._folds(pads)
         space, objective = stack(space, prefix, folds, _num_samples(self._inputs[0]), seed)
         settings = self._settings()

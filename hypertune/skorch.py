@@ -165,9 +165,7 @@ class SkorchNet:
         w = objective.initial_weights()[None]
         if x.is_floating_point() and x.dtype != w.dtype:
             raise ValueError(f"X is {x.dtype} and the module's weights are {w.dtype}; skorch does not cast: convert X.")
-        outputs = objective.predict(w, x[None])
-        if not isinstance(outputs, Tensor):
-            raise TypeError("The module returns several outputs; the hyper-training of a skorch net needs one tensor.")
+        objective.predict(w, x[None])
 
     def _adopt(self, module: nn.Module) -> NeuralNet:
         with isolated(0, self.device):

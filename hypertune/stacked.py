@@ -24,7 +24,16 @@ from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from hypertune.modules import Reach, TensorDropout, Value, is_zero, plain_layers, run_layers, with_own_layers
+from hypertune.modules import (
+    Reach,
+    TensorDropout,
+    Value,
+    differentiable_in_eval_mode,
+    is_zero,
+    plain_layers,
+    run_layers,
+    with_own_layers,
+)
 from hypertune.randomness import ONE_AT_A_TIME, rng_state, set_rng_state
 
 _CONVOLVED = 1_000_000  # multiplications for a row: larger convolutions are slower together, on a CPU
@@ -70,10 +79,20 @@ class StackedModule:
         self.reach, self.inputs = dict(reach or {}), inputs
         self.stacked, self.first = True, ""
         self._written = [k for k, b in module.named_buffers() if b.layout == torch.strided]
-        self._modules = {training: with_own_layers(module).train(training) for training in (True, False)}
+        self._modules = {
+            True: with_own_layers(module).train(),
+            False: differentiable_in_eval_mode(with_own_layers(module)),
+        }
         self._layers = {training: plain_layers(own) for training, own in self._modules.items()}
         self._dropouts = [sub for sub in self._modules[True].modules() if isinstance(sub, TensorDropout)]
         self._seed = 0
+        # Numbers and tensors that the module keeps as plain attributes: some were drawn at random, and some count.
+        self._kept = {
+            (path, name): value.detach().clone() if isinstance(value, Tensor) else value
+            for path, sub in module.named_modules()
+            for name, value in vars(sub).items()
+            if isinstance(value, (int, float, Tensor)) and name != "training" and not name.startswith("_")
+        }
         parameters = {k: p for k, p in module.named_parameters() if p.requires_grad}
         self._shapes = {k: p.shape for k, p in parameters.items()}
         self._sizes = [p.numel() for p in parameters.values()]
@@ -124,10 +143,9 @@ class StackedModule:
             for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
                 if name in state:
                     tensor.copy_(state[name])
-        for path, sub in self._modules[False].named_modules():
-            for name, value in vars(sub).items():
-                if isinstance(value, Tensor):
-                    setattr(module.get_submodule(path), name, value.clone())
+        for (path, name), value in self._kept.items():
+            if isinstance(value, Tensor):
+                setattr(module.get_submodule(path), name, value.clone())
         return module
 
     # buffers
@@ -149,6 +167,10 @@ class StackedModule:
         other.keep_statistics_of(folds * each)
         other._each = each
         other.statistics.update(statistics or {})
+        for module in self._modules.values():  # what counts begins anew, as in a fit of its own
+            for (path, name), value in self._kept.items():
+                if not isinstance(value, Tensor):
+                    setattr(module.get_submodule(path), name, value)
         return other
 
     @property
@@ -205,7 +227,11 @@ class StackedModule:
             return
         try:
             for training in (True, False):
-                one, two = run(1, training), run(2, training)
+                one = run(1, training)
+                drew = x.device.type != "cpu" and not _same_state(noise, rng_state(x.device))
+                two = run(2, training)
+                if drew:  # vmap draws by other kernels there
+                    continue
                 pairs = [(one[0].statistics[k], b) for k, b in two[0].statistics.items()]
                 for alone, both in [*pairs, (one[1], two[1]), (one[2], two[2])]:
                     torch.testing.assert_close(
@@ -234,7 +260,9 @@ class StackedModule:
             self.first = self.first or path
 
         layers = [
-            (path, sub) for path, sub in self._modules[False].named_modules() if sub._parameters and not sub._modules
+            (path, sub)
+            for path, sub in self._modules[False].named_modules()
+            if not sub._modules and any(p is not None and p.dim() > 1 for p in sub._parameters.values())
         ]
         hooks = [layer.register_forward_pre_hook(partial(note, path)) for path, layer in layers]
         try:
@@ -327,9 +355,11 @@ class StackedModule:
             try:
                 outputs = functional_call(self._modules[training], state, args, kwargs, strict=True)
             except IndexError as error:
+                if not any(isinstance(sub, nn.Embedding) for sub in self._modules[training].modules()):
+                    raise
                 raise IndexError(f"{error} (an embedding's codes go from 0 to num_embeddings - 1)") from error
             if not isinstance(outputs, Tensor):
-                raise TypeError(f"its forward returns {type(outputs).__name__}, and not one tensor")
+                raise TypeError(f"the module's forward returns {type(outputs).__name__}, and not one tensor")
             for k, b in buffers.items():
                 if training and state[k] is not b:  # replaced, and not written into
                     b.copy_(state[k].detach())
@@ -365,6 +395,10 @@ def _no_fast_path() -> Iterator[None]:
             yield
         finally:
             mha.set_fastpath_enabled(enabled)
+
+
+def _same_state(one: tuple[Tensor, Tensor | None], other: tuple[Tensor, Tensor | None]) -> bool:
+    return all(a is None or torch.equal(a, b) for a, b in zip(one, other, strict=True))  # type: ignore[arg-type]
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

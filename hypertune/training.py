@@ -110,7 +110,7 @@ def hyper_train(
             center = center + _SIMPLIFIED_OFFSET  # maybe out of the box: it is no setting
         phi = recipe.builder(hypernetwork).build(w0, center, _layout(space, prefix, net, objective, folds[0].train.x))
         del w0  # large models have no memory for two
-        response = BestResponse(space, prefix, {}, phi, objective, folds)
+        response = BestResponse(space, prefix, {}, phi, objective, folds, seed=seed)
 
         per_epoch = train_batches.steps_per_epoch
         steps = max_epochs * per_epoch

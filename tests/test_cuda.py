@@ -144,6 +144,17 @@ class Opaque(nn.Module):
         return self.out(self.drop(torch.relu(self.layer(x))))
 
 
+class Recurrent(nn.Module):
+    """cuDNN gives the gradient of a recurrent layer in training mode only."""
+
+    def __init__(self, inputs: int, classes: int, dropout: float = 0.1):
+        super().__init__()
+        self.rnn, self.drop, self.out = nn.GRU(8, 32, batch_first=True), nn.Dropout(dropout), nn.Linear(32, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.drop(self.rnn(x.unflatten(1, (8, 8)))[0][:, -1]))
+
+
 def shift(x: torch.Tensor, generator: torch.Generator, scale: float = 0.1) -> torch.Tensor:
     return x + scale * torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
 
@@ -153,6 +164,7 @@ def shift(x: torch.Tensor, generator: torch.Generator, scale: float = 0.1) -> to
     [
         ({"module": ConvNet}, {"weight_decay": per_layer(loguniform(1e-6, 1e-1)), "module__drop_0": uniform(0, 0.5), "module__drop_1": uniform(0, 0.7)}),
         ({"module": Opaque}, {"weight_decay": loguniform(1e-6, 1e-1), "module__dropout": uniform(0, 0.7)}),
+        ({"module": Recurrent, "lr": 0.01}, {"weight_decay": loguniform(1e-6, 1e-1), "module__dropout": uniform(0, 0.7)}),
         ({}, {"input_noise": per_feature(uniform(0, 1.0))}),
         ({"augment": shift}, {"augment__scale": uniform(0, 1.0)}),
     ],

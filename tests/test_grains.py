@@ -156,10 +156,10 @@ class Behind(nn.Module):
     def __init__(self, n, m):
         super().__init__()
         self.token = nn.Parameter(torch.zeros(1, n))
-        self.out, self.first = nn.Linear(n, m), nn.Linear(n, n)
+        self.out, self.first, self.norm = nn.Linear(n, m), nn.Linear(n, n), nn.LayerNorm(n)
 
     def forward(self, x):
-        return self.out(torch.relu(self.first(x + self.token)))
+        return self.out(torch.relu(self.first(self.norm(x + self.token))))
 
 
 class OfCodes(nn.Module):

@@ -15,7 +15,7 @@ from sklearn.model_selection import PredefinedSplit
 from hypertune import MLP, HyperTrainingSearchCV, TorchRegressor, per_feature, per_weight, training
 from hypertune.batches import Rows
 from hypertune.hyperprior import SCALES, choose_scale, vertex
-from hypertune.losses import absolute_error, cross_entropy, nats_per_unit, poisson_deviance, squared_error
+from hypertune.losses import absolute_error, cross_entropy, nats_per_unit, output_scale, poisson_deviance, squared_error
 from hypertune.response import Fold
 
 
@@ -69,6 +69,12 @@ def test_a_unit_of_a_loss_in_nats_is_the_slope_of_its_log_likelihood():
         (slope,) = torch.autograd.grad(nll(value), value)
         assert float(nats_per_unit(loss, value.detach(), 4)) == pytest.approx(float(slope))
     assert float(nats_per_unit(cross_entropy, value.detach(), 4)) == 1.0
+
+
+def test_what_varies_little_is_a_matter_of_the_outputs_units():
+    y = torch.tensor([0.0, 0.0, 40.0])
+    assert output_scale(squared_error, y) == float(y.std())
+    assert output_scale(poisson_deviance, y) == output_scale(cross_entropy, torch.tensor([0, 7])) == 1.0
 
 
 def test_the_slopes_of_a_search_are_in_nats(monkeypatch):

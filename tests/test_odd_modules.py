@@ -135,6 +135,26 @@ class Counts(nn.Sequential):
         return super().forward(x) * (1 + 1 / (1 + 0.1 * self.t))
 
 
+class CountsLate(Counts):
+    """It changes its mind long after the first step, and long before all trainings of a search are done."""
+
+    def forward(self, x):
+        self.t += self.training
+        return nn.Sequential.forward(self, x) * (1 + (self.t > 10))
+
+
+class Remembers(nn.Module):
+    """What it saw last is no state of it."""
+
+    def __init__(self, n: int, m: int):
+        super().__init__()
+        self.hidden, self.out = nn.Linear(n, 8), nn.Linear(8, m)
+
+    def forward(self, x):
+        self.seen = torch.relu(self.hidden(x))
+        return self.out(self.seen)
+
+
 def clipped(params, lr):
     for p in params:
         p.register_hook(lambda g: g * (0.05 / g.norm()).clamp(max=1))
@@ -157,20 +177,23 @@ ODD: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "checkpoint": ({"module": Recomputed}, DECAY),
     "codes in one fold": ({"module": TwoInputs, "inputs": CODES, "input_noise": 0.5, "mixup": 0.5}, DECAY),
     "counts": ({"module": Counts}, DECAY),
+    "counts late": ({"module": CountsLate}, DECAY),
+    "remembers": ({"module": Remembers}, DECAY),
     "clipped": ({"module": MLP((8,)), "optimizer": clipped, "lr": 0.5}, DECAY),
     "random penalty": ({"module": MLP((8,)), "penalty": random_penalty}, {"penalty__strength": loguniform(1e-4, 1)}),
 }
 
 
 @pytest.mark.filterwarnings("ignore:The folds are trained one after the other")
+@pytest.mark.parametrize("seed", [0, 7])  # 7 is the estimator's
 @pytest.mark.parametrize("odd", ODD)
-def test_what_is_verified_is_a_fit_of_its_own(odd: str):
+def test_what_is_verified_is_a_fit_of_its_own(odd: str, seed: int):
     params, space = ODD[odd]
     rows = X.copy()
     if odd == "codes in one fold":
         rows[5, 3] = 0.5
     before = torch.get_rng_state()
-    found = search(space, **params).fit(rows, y)
+    found = search(space, **params).set_params(random_state=seed).fit(rows, y)
     assert torch.equal(torch.get_rng_state(), before)
     for setting, score in zip(found.cv_results_["params"], found.cv_results_["mean_test_score"], strict=True):
         alone = clone(NET).set_params(**params, **setting)
@@ -191,6 +214,15 @@ def test_an_estimator_of_the_response_has_what_the_module_was_drawn_with():
     for k, (_, valid) in enumerate(KFold(3).split(X)):
         loss = log_loss(y[valid], found.estimator_at(fold=k).predict_proba(X[valid]), labels=[0, 1])
         assert loss == pytest.approx(found.validation_curve("weight_decay", [found.params["weight_decay"]])[0, k])
+
+
+@pytest.mark.parametrize(
+    "module", [MLP((8,)), Counts, CountsLate, Remembers, Padded, InAList, ScaledStart, WritesIntoItsRows, Temperature]
+)
+def test_these_are_odd_and_yet_retrained_together(used, module):
+    search(module=module, inputs=CODES if module is Padded else None).fit(X, y)
+    assert all(used[:-1])
+    assert len(used) > 3
 
 
 @pytest.mark.filterwarnings("ignore:The folds are trained one after the other")
@@ -255,3 +287,26 @@ def test_a_function_that_holds_on_to_the_module_is_refused():
 
     with pytest.raises(ValueError, match=r"keeps a function, 'block', .*Make it a method"):
         clone(NET).set_params(module=Held).fit(X, y)
+
+    def patched(n, m):
+        module = Remembers(n, m)
+        module.forward = lambda x, own=module.forward: 3 * own(x)
+        return module
+
+    with pytest.raises(ValueError, match=r"keeps a function, 'forward'"):
+        clone(NET).set_params(module=patched).fit(X, y)
+
+    teacher = nn.Linear(5, 5).double()
+
+    class Harmless(nn.Linear):
+        max_norm = 1.0
+
+        def __init__(self, n, m):
+            super().__init__(n, m)
+            self.seen, self.teach = [], lambda x: teacher(x).detach()
+            self.register_forward_hook(lambda module, args, outputs: self.seen.append(len(outputs)))
+
+        def forward(self, x):
+            return super().forward(self.teach(x))
+
+    clone(NET).set_params(module=Harmless).fit(X, y)

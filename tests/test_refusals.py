@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,7 +17,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from torch import nn
 
-from hypertune import MLP, TorchClassifier, TorchRegressor, model_factory, per_feature
+from hypertune import MLP, TorchClassifier, TorchRegressor, model_factory, per_feature, per_unit
 from tests.test_search import NET, search
 
 
@@ -219,6 +221,7 @@ def test_keywords_of_no_module_are_refused_with_what_to_do(iris):
 @pytest.mark.parametrize(
     "change",
     [
+        {"param_distributions": {"torchclassifier__weight_decay": per_unit(loguniform(1e-6, 1))}},
         {"param_distributions": {"torchclassifier__weight_decay": per_feature(loguniform(1e-6, 1))}},
         {"evaluate": "hypernetwork"},
     ],
@@ -262,6 +265,12 @@ class Two(nn.Linear):
         return super().forward(x), x
 
 
+class Locked(nn.Linear):
+    def __init__(self, n, m):
+        super().__init__(n, m)
+        self.lock = threading.Lock()
+
+
 class Codes(nn.Module):
     def __init__(self, n, m):
         super().__init__()
@@ -276,11 +285,14 @@ class Codes(nn.Module):
     [
         (TorchClassifier(device="cuda:99"), ValueError, "device='cuda:99' is not to be had .* Here there is cpu"),
         (TorchClassifier(MLP), TypeError, r"returned MLP, not a torch\.nn\.Module\. Give a factory, MLP\(\)"),
-        (TorchClassifier(Two), ValueError, "its forward returns tuple, and not one tensor"),
+        (TorchClassifier(Two), ValueError, "forward returns tuple, and not one tensor"),
         (TorchClassifier(Codes), ValueError, "an embedding's codes go from 0 to num_embeddings - 1"),
         (TorchClassifier(lambda n, m: nn.utils.weight_norm(nn.Linear(n, m))), ValueError, r"cannot be copied .*parametrizations"),
         (TorchClassifier(lambda n, m: nn.Sequential(nn.Embedding(n, m, max_norm=1.0))), ValueError, r"0 \(Embedding\) changes its own weights"),
         (TorchClassifier(optimizer=torch.optim.LBFGS), TypeError, "step of optimizer .* is called with no closure"),
+        (TorchClassifier(optimizer=lambda params, lr: None), TypeError, "returned None, and not a torch optimizer"),
+        (TorchClassifier(lr=1.0, lr_schedule=lambda share: 0.01), ValueError, r"multiplies lr=1 by at most 0\.01"),
+        (TorchClassifier(Locked), ValueError, r"cannot be copied \(cannot pickle"),
         (TorchClassifier(optimizer=lambda params: None), TypeError, r"optimizer .* is called with \(params, lr=\.\.\.\)"),
         (TorchClassifier(criterion=lambda outputs: None), TypeError, r"criterion .* is called with \(outputs, targets\)"),
         (TorchClassifier(augment=lambda x: x), TypeError, r"augment .* is called with \(x, generator\)"),

@@ -468,6 +468,22 @@ def test_the_hypernetwork_can_be_the_judge(iris):
     assert len(found.best_estimator_.loss_curve_) == NET.max_epochs
 
 
+def test_counts_of_which_a_fold_validates_on_none():
+    X = np.random.default_rng(0).normal(size=(60, 3))
+    y = np.where(np.arange(60) < 20, 0, np.random.default_rng(1).poisson(3, 60))
+    net = TorchRegressor(MLP((8,)), criterion="poisson", max_epochs=5, random_state=0)
+    found = HyperTrainingSearchCV(
+        net,
+        {"weight_decay": loguniform(1e-6, 1e1), "input_noise": uniform(0, 1)},
+        cv=KFold(3),
+        random_state=0,
+        scoring="neg_mean_absolute_error",
+        error_score="raise",
+    ).fit(X, y)
+    assert found.predict(X).min() > 0
+    assert np.isfinite(found.best_response_.validation_loss())
+
+
 def test_the_papers_constants_are_within_reach(iris):
     """Adam 1e-4 for everything at a constant rate, σ² = 1e-5, two sampled λ, p(λ) = N(0, 1.5²), one step each."""
     paper = {"response_optimizer": "plain", "hyper_lr": 1e-4, "hyper_eps": 1e-8, "hyper_lr_schedule": "constant",
