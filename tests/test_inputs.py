@@ -205,6 +205,7 @@ def test_folds_of_other_widths_are_filled_up_and_verified_as_they_are(noise: flo
         alone = cross_val_score(clone(estimator).set_params(**setting), X, y, cv=cv, scoring="neg_log_loss")
         assert score == pytest.approx(alone.mean(), rel=1e-12)
     assert search.best_estimator_[-1].n_features_in_ == 5
+    assert search.best_response_.folds[0].net._noisy.tolist() == [1, 1, 1, 1, 0]  # no noise on what some have not got
     for k, (_, valid) in enumerate(cv.split(X)):
         fitted = search.best_response_.estimator_at(fold=k)
         assert fitted[-1].n_features_in_ == len(fitted[0].get_feature_names_out()) == 4 + (k == 2)

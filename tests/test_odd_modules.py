@@ -209,20 +209,53 @@ def test_the_padding_row_stays_and_the_others_learn():
     assert module[1:].all()
 
 
-def test_an_estimator_of_the_response_has_what_the_module_was_drawn_with():
-    found = search(module=RandomFeatures).set_params(random_state=5).fit(X, y).best_response_
+class DrawnByNumpy(RandomFeatures):
+    def __init__(self, n: int, m: int):
+        super().__init__(n, m)
+        self.B = torch.from_numpy(np.random.default_rng().normal(size=(n, 16)))
+
+
+@pytest.mark.parametrize("module", [RandomFeatures, Shuffled, DrawnByNumpy])
+def test_an_estimator_of_the_response_has_what_the_module_was_drawn_with(module):
+    found = search(module=module).set_params(random_state=5).fit(X, y).best_response_
     for k, (_, valid) in enumerate(KFold(3).split(X)):
         loss = log_loss(y[valid], found.estimator_at(fold=k).predict_proba(X[valid]), labels=[0, 1])
         assert loss == pytest.approx(found.validation_curve("weight_decay", [found.params["weight_decay"]])[0, k])
 
 
-@pytest.mark.parametrize(
-    "module", [MLP((8,)), Counts, CountsLate, Remembers, Padded, InAList, ScaledStart, WritesIntoItsRows, Temperature]
-)
-def test_these_are_odd_and_yet_retrained_together(used, module):
-    search(module=module, inputs=CODES if module is Padded else None).fit(X, y)
+TOGETHER = ("padding", "scaled start", "in a list", "writes", "temperature", "counts", "counts late", "remembers")
+
+
+@pytest.mark.parametrize("odd", TOGETHER)
+def test_these_are_odd_and_yet_retrained_together(used, odd: str):
+    params, space = ODD[odd]
+    search(space, **params).fit(X, y)
     assert all(used[:-1])
     assert len(used) > 3
+
+
+def test_a_module_that_draws_in_eval_mode_too_is_retrained_as_it_would_be_by_itself(used):
+    class Trembles(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 0.1 * torch.randn(len(x), 1, dtype=x.dtype)
+
+    found = search(module=Trembles).fit(X, y)
+    assert all(used[:-1])
+    rows = [(np.arange(90), np.arange(90))]
+    again = search(module=Trembles).set_params(cv=rows).fit(X, y).best_estimator_
+    alone = clone(again).fit(X, y)
+    assert_allclose(again.loss_curve_, alone.loss_curve_, rtol=1e-9)
+    assert np.isfinite(found.best_score_)
+
+
+def test_a_hook_on_the_weights_would_see_those_of_all_candidates(used):
+    def hooked(params, lr):
+        for p in params:
+            p.register_hook(lambda g: g)
+        return torch.optim.SGD(params, lr=lr)
+
+    search(module=MLP((8,)), optimizer=hooked).fit(X, y)
+    assert not any(used)
 
 
 @pytest.mark.filterwarnings("ignore:The folds are trained one after the other")

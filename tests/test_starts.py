@@ -9,7 +9,7 @@ from scipy.stats import loguniform, uniform
 from sklearn.base import clone
 from sklearn.model_selection import ShuffleSplit
 
-from hypertune import MLP, TorchRegressor
+from hypertune import MLP, HyperTrainingSearchCV, TorchRegressor
 from hypertune.response import Fold
 from hypertune.retraining import Retrained, retrain
 from hypertune.space import Space
@@ -167,3 +167,17 @@ def test_restarts_are_half_way_to_a_third_of_the_logarithmic_ranges_and_leave_th
     assert [at["weight_decay"] for at in found] == pytest.approx([1e-1, 1e-2])
     assert [at["module__dropout"] for at in found] == pytest.approx([0.6, 0.6])
     assert not list(restarts(Space.from_distributions({"module__dropout": uniform(0, 0.8)}), dead[1:]))
+
+
+def test_a_logarithm_of_a_rate_is_constant_on_its_own_scale():
+    """Rare counts vary much, in units of their mean, and their rate need not."""
+    X = np.linspace(-1.5, 1.5, 200)[:, None]
+    y = np.where(np.arange(200) % 50 == 0, 1, 0)
+    net = TorchRegressor(MLP(hidden=()), criterion="poisson", max_epochs=2, random_state=0)
+    space = {"weight_decay": loguniform(1e-6, 1e1)}
+    cv = [(np.arange(200), np.arange(200))]
+    response = HyperTrainingSearchCV(net, space, cv=cv, start="estimator", random_state=0).fit(X, y).best_response_
+    for slope, constant in ((0.05, False), (1e-4, True)):
+        response.hypernetwork.w0.data = torch.tensor([[slope, 0.0]])
+        response.hypernetwork.maps[0].V.data.zero_()
+        assert response.is_constant() == constant
