@@ -186,6 +186,8 @@ def refuse_modules(module: nn.Module) -> None:
                     f"{where} keeps a function, {name!r}, that holds on to a module by name: in a copy of it, and copies are what is "
                     "trained, the function would go on calling the first one. Make it a method."
                 )
+        if any(t.is_complex() for t in (*sub.parameters(recurse=False), *sub.buffers(recurse=False))):
+            raise ValueError(f"{where} has complex weights or buffers: keep real ones, and use torch.view_as_complex.")
         if isinstance(sub, (nn.Embedding, nn.EmbeddingBag)) and sub.max_norm is not None:
             raise ValueError(
                 f"{where} changes its own weights as it runs (max_norm): max_norm=None, and a weight_decay."
@@ -196,7 +198,7 @@ def refuse_modules(module: nn.Module) -> None:
             )
 
 
-_OF_EVERY_MODULE = vars(nn.Module()).keys()
+_OF_EVERY_MODULE = {*vars(nn.Module()), "_compiled_call_impl"}
 
 
 def _held_by(value: Any) -> Iterator[Any]:
@@ -210,6 +212,8 @@ def _held_by(value: Any) -> Iterator[Any]:
                 holder = getattr(own, "__self__", own)
                 if isinstance(holder, nn.Module):
                     yield holder
+                elif own is not function:
+                    yield from _held_by(own if isinstance(own, FunctionType) else None)
 
 
 # --- where a factory keyword arrives in the module ---------------------------------------------------------------------

@@ -465,7 +465,8 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
             raise TypeError(f"optimizer {self.optimizer!r} returned {optimizer!r}, and not a torch optimizer.")
         check_call(f"The step of optimizer {self.optimizer!r}", "no closure", type(optimizer).step, optimizer)
         schedule = _LR_SCHEDULES[self.lr_schedule] if isinstance(self.lr_schedule, str) else self.lr_schedule
-        peak = max(schedule(i / 20) for i in range(21))
+        check_call(f"lr_schedule {self.lr_schedule!r}", "(share)", schedule, 0.0)
+        peak = max(float(schedule(i / 20)) for i in range(21))
         if not 0.5 <= peak <= 2:
             raise ValueError(
                 f"lr_schedule={self.lr_schedule!r} multiplies lr={self.lr:g} by at most {peak:g}. Let its largest factor be 1, "

@@ -137,15 +137,19 @@ def retrain(
 
     weights, curves = of_folds([part[0] for part in parts]), of_folds([part[1] for part in parts])
     kept = {k: of_folds([part[2][k] for part in parts]).flatten(0, 1) for k in parts[0][2]}
+    numbers = [{of: v for of, v in part[3].items() if not isinstance(v, Tensor)} for part in parts]
+    if any(one != numbers[0] for one in numbers):
+        return None
     objective = objective.with_statistics_of(K, C, kept)
+    objective.remembered = parts[0][3]
     keys = [] if folds[0].padded else [fingerprint(*fold.train[:3]) for fold in folds]
     return Retrained(space, prefix, lam, weights.cpu().numpy(), curves.cpu(), objective, keys, net.n_outputs_, seed)
 
 
 def _train(
     space: Space, prefix: str, folds: list[Fold], objective: Objective, lam: Tensor, epochs: int, seed: int
-) -> tuple[Tensor, Tensor, dict[str, Tensor]] | None:
-    """Weights (K, C, D), curves (K, C, epochs) and running statistics (K, C, ...) on folds with as many minibatches.
+) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[tuple[str, str], Any]] | None:
+    """Weights (K, C, D), curves (K, C, epochs), running statistics (K, C, ...) and what the module remembers, on folds with as many minibatches.
 
     None under an optimizer that sees all weights, and where some fit of its own would not begin as the stack does: with frozen weights
     drawn at random, with a module or a penalty that draws random numbers for every model, ...
@@ -182,7 +186,7 @@ def _train(
             curves[..., number // per_epoch] += loss.detach() / per_epoch
             batch = next(stream)
     kept = objective.statistics if objective.has_statistics else {}
-    return w.detach(), curves, {k: b.unflatten(0, (K, C)) for k, b in kept.items()}
+    return w.detach(), curves, {k: b.unflatten(0, (K, C)) for k, b in kept.items()}, objective.remembers()
 
 
 class _FirstStep(NamedTuple):

@@ -20,6 +20,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_batchedtensor
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -37,6 +38,7 @@ from hypertune.modules import (
 from hypertune.randomness import ONE_AT_A_TIME, rng_state, set_rng_state
 
 _CONVOLVED = 1_000_000  # multiplications for a row: larger convolutions are slower together, on a CPU
+_OF_A_PASS = ("training", "seed", "p")  # attributes that are set for every pass
 _DROPOUT = 3  # the first of its streams of random numbers; those before are for whoever uses the module
 
 
@@ -64,6 +66,8 @@ class StackedModule:
         Whether M models share one pass. Set to False by :meth:`try_stacking` for modules that cannot.
     first : str
         Of the layers with weights the one that was called first in :meth:`try_stacking`; empty if that is the first one, too.
+    remembered : dict or None
+        What :meth:`remembers` said at the end of a training; None before that.
     statistics : dict from str to Tensor of shape (models, ...)
         Buffers that training writes into (BatchNorm's running statistics), for each fold or each model of a fold.
     """
@@ -79,20 +83,10 @@ class StackedModule:
         self.reach, self.inputs = dict(reach or {}), inputs
         self.stacked, self.first = True, ""
         self._written = [k for k, b in module.named_buffers() if b.layout == torch.strided]
-        self._modules = {
-            True: with_own_layers(module).train(),
-            False: differentiable_in_eval_mode(with_own_layers(module)),
-        }
-        self._layers = {training: plain_layers(own) for training, own in self._modules.items()}
-        self._dropouts = [sub for sub in self._modules[True].modules() if isinstance(sub, TensorDropout)]
+        self._fresh = with_own_layers(module)  # is never run: what a module counts or remembers begins here
+        self._begin_anew()
+        self.remembered: dict[tuple[str, str], Any] | None = None
         self._seed = 0
-        # Numbers and tensors that the module keeps as plain attributes: some were drawn at random, and some count.
-        self._kept = {
-            (path, name): value.detach().clone() if isinstance(value, Tensor) else value
-            for path, sub in module.named_modules()
-            for name, value in vars(sub).items()
-            if isinstance(value, (int, float, Tensor)) and name != "training" and not name.startswith("_")
-        }
         parameters = {k: p for k, p in module.named_parameters() if p.requires_grad}
         self._shapes = {k: p.shape for k, p in parameters.items()}
         self._sizes = [p.numel() for p in parameters.values()]
@@ -100,6 +94,22 @@ class StackedModule:
         self.keep_statistics_of(folds)
         self.D = self.cost = sum(self._sizes)
         self._like = next(iter(parameters.values()), torch.zeros(0)).detach().new_empty(0)
+
+    def _begin_anew(self) -> None:
+        """Copies of the module for training and for eval mode, in the state in which it was built. All share their parameters."""
+        shared = {id(p): p for p in self._fresh.parameters()}
+        training, evaluation = (copy.deepcopy(self._fresh, dict(shared)) for _ in range(2))
+        self._modules = {True: training.train(), False: differentiable_in_eval_mode(evaluation)}
+        self._layers = {mode: plain_layers(own) for mode, own in self._modules.items()}
+        self._dropouts = [sub for sub in training.modules() if isinstance(sub, TensorDropout)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What a module remembers of a stacked pass cannot be pickled.
+        return {k: v for k, v in vars(self).items() if k not in ("_modules", "_layers", "_dropouts")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._begin_anew()
 
     # flat w ⇄ named parameters
 
@@ -131,7 +141,8 @@ class StackedModule:
     def load_into(self, module: nn.Module, w: Tensor, model: int = 0) -> nn.Module:
         """Copy the weights w (D,) of a model and its buffers, by its number, into a module of the same architecture.
 
-        With them go tensors that the module keeps as plain attributes, which may have been drawn at random when it was built.
+        With them go tensors that the module keeps as plain attributes, which may have been drawn at random when it was built, and numbers
+        that it has changed in training.
         """
         buffers = {k: b[model] for k, b in self.statistics.items()}
         state = {**buffers, **self._constant_buffers, **self._constants, **self.named(w.detach())}
@@ -143,10 +154,26 @@ class StackedModule:
             for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
                 if name in state:
                     tensor.copy_(state[name])
-        for (path, name), value in self._kept.items():
-            if isinstance(value, Tensor):
-                setattr(module.get_submodule(path), name, value.clone())
+        for (path, name), value in (self.remembered or self.remembers()).items():
+            setattr(module.get_submodule(path), name, value.clone() if isinstance(value, Tensor) else value)
         return module
+
+    # what the module remembers
+
+    def remembers(self) -> dict[tuple[str, str], Any]:
+        """By submodule and name: tensors that are plain attributes, and numbers that training changed (a step, a temperature)."""
+        found: dict[tuple[str, str], Any] = {}
+        for path, sub in self._fresh.named_modules():
+            now = vars(self._modules[True].get_submodule(path))
+            for name, before in vars(sub).items():
+                value = now.get(name)
+                if isinstance(value, Tensor) and not is_batchedtensor(value):
+                    found[path, name] = value.detach().clone()
+                elif isinstance(before, Tensor):
+                    found[path, name] = before.detach().clone()
+                elif isinstance(value, (int, float)) and value != before and name not in _OF_A_PASS:
+                    found[path, name] = value
+        return found
 
     # buffers
 
@@ -167,10 +194,8 @@ class StackedModule:
         other.keep_statistics_of(folds * each)
         other._each = each
         other.statistics.update(statistics or {})
-        for module in self._modules.values():  # what counts begins anew, as in a fit of its own
-            for (path, name), value in self._kept.items():
-                if not isinstance(value, Tensor):
-                    setattr(module.get_submodule(path), name, value)
+        other.remembered = None
+        other._begin_anew()
         return other
 
     @property
@@ -230,6 +255,8 @@ class StackedModule:
                 one = run(1, training)
                 drew = x.device.type != "cpu" and not _same_state(noise, rng_state(x.device))
                 two = run(2, training)
+                if name := two[0]._replaced():
+                    raise RuntimeError(f"it replaces a tensor of its own, {name!r}: make that a buffer")
                 if drew:  # vmap draws by other kernels there
                     continue
                 pairs = [(one[0].statistics[k], b) for k, b in two[0].statistics.items()]
@@ -251,6 +278,15 @@ class StackedModule:
                 UserWarning,
                 stacklevel=2,
             )
+
+    def _replaced(self) -> str:
+        """The name of a plain attribute, if there is one, that a stacked pass put a tensor for all models in."""
+        for path, sub in self._fresh.named_modules():
+            now = vars(self._modules[True].get_submodule(path))
+            for name in (name for name, before in vars(sub).items() if before is None or isinstance(before, Tensor)):
+                if isinstance(value := now.get(name), Tensor) and is_batchedtensor(value):
+                    return name
+        return ""
 
     @contextmanager
     def _noting_calls(self) -> Iterator[None]:

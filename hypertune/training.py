@@ -166,6 +166,7 @@ def hyper_train(
             settle(problem, phi, average, next(train_batches))
     phi.keep(K)  # the other initial weights have done their part
     objective.forget_statistics_but_of(K)
+    objective.remembered = objective.remembers()
     response.params = space.decode(average)
     response.hypergradient = trace.slope.cpu()
     response.sigma = recipe.sigma(scale) if phi.linear else None

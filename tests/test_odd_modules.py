@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import pickle
 import types
 from typing import Any
 
@@ -143,6 +144,42 @@ class CountsLate(Counts):
         return nn.Sequential.forward(self, x) * (1 + (self.t > 10))
 
 
+class CountsInADict(Counts):
+    def __init__(self, n: int, m: int):
+        super().__init__(n, m)
+        self.state = {"step": 0}
+
+    def forward(self, x):
+        self.state["step"] += self.training
+        return nn.Sequential.forward(self, x) * (1 if self.state["step"] <= 35 else 3)
+
+
+class Cools(nn.Module):
+    """A temperature that falls in training, and is part of the prediction."""
+
+    def __init__(self, n: int, m: int):
+        super().__init__()
+        self.hidden, self.out, self.temperature = nn.Linear(n, 8), nn.Linear(8, m), 5.0
+
+    def forward(self, x):
+        self.temperature *= 0.98 if self.training else 1.0
+        return self.out(torch.softmax(self.hidden(x) / self.temperature, 1))
+
+
+class MovingMean(nn.Module):
+    """A tensor that training replaces, and that is no buffer."""
+
+    def __init__(self, n: int, m: int):
+        super().__init__()
+        self.hidden, self.out, self.mean = nn.Linear(n, 8), nn.Linear(8, m), torch.zeros(8, dtype=torch.float64)
+
+    def forward(self, x):
+        hidden = torch.relu(self.hidden(x))
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * hidden.detach().mean(0)
+        return self.out(hidden - self.mean)
+
+
 class Remembers(nn.Module):
     """What it saw last is no state of it."""
 
@@ -179,6 +216,9 @@ ODD: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "counts": ({"module": Counts}, DECAY),
     "counts late": ({"module": CountsLate}, DECAY),
     "remembers": ({"module": Remembers}, DECAY),
+    "counts in a dict": ({"module": CountsInADict}, DECAY),
+    "cools": ({"module": Cools}, DECAY),
+    "moving mean": ({"module": MovingMean}, DECAY),
     "clipped": ({"module": MLP((8,)), "optimizer": clipped, "lr": 0.5}, DECAY),
     "random penalty": ({"module": MLP((8,)), "penalty": random_penalty}, {"penalty__strength": loguniform(1e-4, 1)}),
 }
@@ -223,7 +263,17 @@ def test_an_estimator_of_the_response_has_what_the_module_was_drawn_with(module)
         assert loss == pytest.approx(found.validation_curve("weight_decay", [found.params["weight_decay"]])[0, k])
 
 
-TOGETHER = ("padding", "scaled start", "in a list", "writes", "temperature", "counts", "counts late", "remembers")
+TOGETHER = (
+    "padding",
+    "scaled start",
+    "in a list",
+    "writes",
+    "temperature",
+    "counts",
+    "counts late",
+    "remembers",
+    "cools",
+)
 
 
 @pytest.mark.parametrize("odd", TOGETHER)
@@ -343,3 +393,40 @@ def test_a_function_that_holds_on_to_the_module_is_refused():
             return super().forward(self.teach(x))
 
     clone(NET).set_params(module=Harmless).fit(X, y)
+
+
+def test_what_training_made_of_the_modules_own_numbers_is_part_of_the_prediction():
+    cooled = clone(NET).set_params(module=Cools).fit(X, y).module_
+    assert cooled.temperature == pytest.approx(5.0 * 0.98 ** (4 * 6))
+    assert clone(NET).set_params(module=MovingMean).fit(X, y).module_.mean.abs().sum() > 0
+
+
+@pytest.mark.parametrize("module", [Remembers, Cools, MLP((8,))])
+def test_a_search_can_be_pickled_and_its_response_predicts_as_before(module):
+    found = search(module=module, max_epochs=2).fit(X, y)
+    again = pickle.loads(pickle.dumps(found))
+    for one, other in (
+        (found, again),
+        (found.best_response_.estimator_at(fold=1), again.best_response_.estimator_at(fold=1)),
+    ):
+        assert_array_equal(one.predict_proba(X), other.predict_proba(X))
+
+
+def test_a_function_inside_a_function_holds_on_to_the_module_too():
+    class Held(nn.Linear):
+        def __init__(self, n, m):
+            super().__init__(n, m)
+            inner = lambda x: self.bias + x  # noqa: E731
+            self.outer = lambda x: inner(x)
+
+    with pytest.raises(ValueError, match=r"keeps a function, 'outer'"):
+        clone(NET).set_params(module=Held).fit(X, y)
+
+
+def test_a_compiled_module_is_no_such_function():
+    def compiled(n, m):
+        module = nn.Linear(n, m)
+        module.compile(backend="eager")
+        return module
+
+    clone(NET).set_params(module=compiled, max_epochs=1).fit(X, y)
