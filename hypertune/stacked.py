@@ -115,11 +115,11 @@ class StackedModule:
 
     def initial_weights(self) -> Tensor:
         """The module's own parameters as one vector, shape (D,)."""
-        return flat_weights(self._modules[True])
+        return flat_weights(self._fresh)
 
     def forget_weights(self) -> None:
         """Make the module's parameters zeros that take no memory: for a caller who has weights of its own, and nobody else's module."""
-        for p in self._modules[True].parameters():
+        for p in self._fresh.parameters():
             if p.requires_grad:
                 p.data = p.new_zeros(()).expand(p.shape)
 
@@ -179,7 +179,7 @@ class StackedModule:
 
     def keep_statistics_of(self, models: int) -> None:
         """Begin with the module's own buffers for so many models, each of which keeps its own from here on."""
-        own = {k: b.detach() for k, b in self._modules[True].named_buffers()}
+        own = {k: b.detach() for k, b in self._fresh.named_buffers()}
         self.statistics = {k: own[k].repeat(models, *(1,) * own[k].dim()) for k in self._written}
         self._constant_buffers = {k: b for k, b in own.items() if k not in self._written}
         self._models, self._each = models, 1

@@ -192,6 +192,19 @@ class Remembers(nn.Module):
         return self.out(self.seen)
 
 
+class Shared(nn.Module):
+    """A layer under two names, one of them inside another module."""
+
+    def __init__(self, n: int, m: int):
+        super().__init__()
+        self.shared = nn.Linear(n, n)
+        self.first = nn.Sequential(self.shared, nn.ReLU(), nn.Dropout(0.1))
+        self.second, self.out = nn.Sequential(self.shared, nn.Tanh()), nn.Linear(n, m)
+
+    def forward(self, x):
+        return self.out(self.second(self.first(x)))
+
+
 def clipped(params, lr):
     for p in params:
         p.register_hook(lambda g: g * (0.05 / g.norm()).clamp(max=1))
@@ -216,6 +229,7 @@ ODD: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "counts": ({"module": Counts}, DECAY),
     "counts late": ({"module": CountsLate}, DECAY),
     "remembers": ({"module": Remembers}, DECAY),
+    "shared": ({"module": Shared}, DECAY),
     "counts in a dict": ({"module": CountsInADict}, DECAY),
     "cools": ({"module": Cools}, DECAY),
     "moving mean": ({"module": MovingMean}, DECAY),
@@ -401,7 +415,7 @@ def test_what_training_made_of_the_modules_own_numbers_is_part_of_the_prediction
     assert clone(NET).set_params(module=MovingMean).fit(X, y).module_.mean.abs().sum() > 0
 
 
-@pytest.mark.parametrize("module", [Remembers, Cools, MLP((8,))])
+@pytest.mark.parametrize("module", [Remembers, Cools, Shared, MLP((8,))])
 def test_a_search_can_be_pickled_and_its_response_predicts_as_before(module):
     found = search(module=module, max_epochs=2).fit(X, y)
     again = pickle.loads(pickle.dumps(found))
