@@ -314,7 +314,6 @@ class TorchRegressor(RegressorMixin, TorchEstimator):
         self._target_mean = np.average(columns, axis=0, weights=sample_weight)
         self._logarithmic = isinstance(self.criterion, str) and self.criterion in LOGARITHMIC
         if self._logarithmic:
-            self._refuse_targets(columns)
             return
         scale = np.sqrt(np.average((columns - self._target_mean) ** 2, axis=0, weights=sample_weight))
         self._target_scale = np.where(scale > 10 * np.finfo(np.float64).eps * np.abs(self._target_mean), scale, 1.0)

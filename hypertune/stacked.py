@@ -38,7 +38,6 @@ from hypertune.modules import (
 from hypertune.randomness import ONE_AT_A_TIME, rng_state, set_rng_state
 
 _CONVOLVED = 1_000_000  # multiplications for a row: larger convolutions are slower together, on a CPU
-_OF_A_PASS = ("training", "seed", "p")  # attributes that are set for every pass
 _DROPOUT = 3  # the first of its streams of random numbers; those before are for whoever uses the module
 
 
@@ -154,7 +153,8 @@ class StackedModule:
             for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
                 if name in state:
                     tensor.copy_(state[name])
-        for (path, name), value in (self.remembered or self.remembers()).items():
+        remembered = self.remembers() if self.remembered is None else self.remembered
+        for (path, name), value in remembered.items():
             setattr(module.get_submodule(path), name, value.clone() if isinstance(value, Tensor) else value)
         return module
 
@@ -166,12 +166,14 @@ class StackedModule:
         for path, sub in self._fresh.named_modules():
             now = vars(self._modules[True].get_submodule(path))
             for name, before in vars(sub).items():
+                if name == "training" or isinstance(sub, TensorDropout):  # are set for every pass
+                    continue
                 value = now.get(name)
                 if isinstance(value, Tensor) and not is_batchedtensor(value):
                     found[path, name] = value.detach().clone()
                 elif isinstance(before, Tensor):
                     found[path, name] = before.detach().clone()
-                elif isinstance(value, (int, float)) and value != before and name not in _OF_A_PASS:
+                elif isinstance(value, (int, float)) and value != before:
                     found[path, name] = value
         return found
 

@@ -160,9 +160,11 @@ class Cools(nn.Module):
     def __init__(self, n: int, m: int):
         super().__init__()
         self.hidden, self.out, self.temperature = nn.Linear(n, 8), nn.Linear(8, m), 5.0
+        self.p = 0  # a name that dropout has, too
 
     def forward(self, x):
         self.temperature *= 0.98 if self.training else 1.0
+        self.p += self.training
         return self.out(torch.softmax(self.hidden(x) / self.temperature, 1))
 
 
@@ -412,6 +414,7 @@ def test_a_function_that_holds_on_to_the_module_is_refused():
 def test_what_training_made_of_the_modules_own_numbers_is_part_of_the_prediction():
     cooled = clone(NET).set_params(module=Cools).fit(X, y).module_
     assert cooled.temperature == pytest.approx(5.0 * 0.98 ** (4 * 6))
+    assert cooled.p == 4 * 6
     assert clone(NET).set_params(module=MovingMean).fit(X, y).module_.mean.abs().sum() > 0
 
 

@@ -265,6 +265,12 @@ class Two(nn.Linear):
         return super().forward(x), x
 
 
+class Complex(nn.Linear):
+    def __init__(self, n, m):
+        super().__init__(n, m)
+        self.phase = nn.Parameter(torch.ones(m, dtype=torch.cfloat))
+
+
 class Locked(nn.Linear):
     def __init__(self, n, m):
         super().__init__(n, m)
@@ -291,6 +297,8 @@ class Codes(nn.Module):
         (TorchClassifier(lambda n, m: nn.Sequential(nn.Embedding(n, m, max_norm=1.0))), ValueError, r"0 \(Embedding\) changes its own weights"),
         (TorchClassifier(optimizer=torch.optim.LBFGS), TypeError, "step of optimizer .* is called with no closure"),
         (TorchClassifier(optimizer=lambda params, lr: None), TypeError, "returned None, and not a torch optimizer"),
+        (TorchClassifier(lr_schedule=lambda: 1.0), TypeError, r"lr_schedule .* is called with \(share\)"),
+        (TorchClassifier(Complex), ValueError, "has complex weights or buffers"),
         (TorchClassifier(lr=1.0, lr_schedule=lambda share: 0.01), ValueError, r"multiplies lr=1 by at most 0\.01"),
         (TorchClassifier(Locked), ValueError, r"cannot be copied \(cannot pickle"),
         (TorchClassifier(optimizer=lambda params: None), TypeError, r"optimizer .* is called with \(params, lr=\.\.\.\)"),
