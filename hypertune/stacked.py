@@ -192,12 +192,11 @@ class StackedModule:
 
     def with_statistics_of(self, folds: int, each: int, statistics: Mapping[str, Tensor] | None = None) -> Self:
         """The same, for so many models of each of so many folds: with their buffers (folds × each, ...), or the module's own."""
-        other = copy.copy(self)
+        other = copy.copy(self)  # which begins anew: __setstate__
         other.keep_statistics_of(folds * each)
         other._each = each
         other.statistics.update(statistics or {})
         other.remembered = None
-        other._begin_anew()
         return other
 
     @property

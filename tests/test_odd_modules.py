@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hypertune import MLP, HyperTrainingSearchCV, TorchClassifier, model_factory
+from hypertune.stacked import StackedModule
 
 _rng = np.random.default_rng(0)
 X = np.column_stack([_rng.normal(size=(90, 3)), _rng.integers(0, 4, (90, 2))])
@@ -447,3 +448,10 @@ def test_a_compiled_module_is_no_such_function():
         return module
 
     clone(NET).set_params(module=compiled, max_epochs=1).fit(X, y)
+
+
+def test_a_pass_leaves_the_weights_of_a_layer_under_two_names_where_they_are():
+    stacked = StackedModule(Shared(5, 2))
+    w = stacked.initial_weights()
+    stacked.outputs(stacked.named(w.repeat(3, 1)), torch.zeros(3, 4, 5), {}, training=True)
+    assert torch.equal(stacked.initial_weights(), w)
