@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 Value = float | Tensor
 
@@ -157,16 +158,54 @@ class _LSTM(_NoDropout, nn.LSTM): ...
 class _GRU(_NoDropout, nn.GRU): ...
 
 
+class _StatisticsThatRespond(_BatchNorm):
+    """Of BatchNorm in eval mode: the outputs are those by its running statistics, and the gradient is that by the rows' own.
+
+    Running statistics are what training at the weights has left. As constants they would say that smaller weights in front of them
+    make smaller outputs, and what merely shrinks these would look like regularisation.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check_input_dim(x)
+        if not torch.is_grad_enabled() or self.running_mean is None or x.numel() == x.shape[1]:
+            return super().forward(x)
+        with torch.no_grad():
+            var, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
+            scale = (self.running_var + self.eps).rsqrt()  # type: ignore[operator, union-attr]
+            shift, scale = (mean - self.running_mean) * scale, (var + self.eps).sqrt() * scale
+        if self.weight is not None:
+            scale, shift = scale * self.weight, torch.addcmul(self.bias, shift, self.weight)
+        return F.batch_norm(x, None, None, scale, shift, training=True, eps=self.eps)
+
+
+class _BatchNorm1d(_StatisticsThatRespond, nn.BatchNorm1d): ...
+
+
+class _BatchNorm2d(_StatisticsThatRespond, nn.BatchNorm2d): ...
+
+
+class _BatchNorm3d(_StatisticsThatRespond, nn.BatchNorm3d): ...
+
+
 _RECURRENT: dict[type[nn.Module], type[nn.Module]] = {nn.RNN: _RNN, nn.LSTM: _LSTM, nn.GRU: _GRU}
+_NORMS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm1d: _BatchNorm1d, nn.BatchNorm2d: _BatchNorm2d, nn.BatchNorm3d: _BatchNorm3d,
+}  # fmt: skip
 
 
 def differentiable_in_eval_mode(module: nn.Module) -> nn.Module:
-    """The module, in eval mode, with recurrent layers that cuDNN, too, gives the gradient of: it does so in training mode only."""
+    """The module, in eval mode, with layers that have the right gradient there.
+
+    cuDNN gives that of recurrent layers in training mode only, and BatchNorm's statistics respond to the weights, unless they are frozen.
+    """
+    trained = [sub for sub in module.train().modules() if sub.training]
     module.eval()
-    for sub in module.modules():
+    for sub in trained:
         if (own := _RECURRENT.get(type(sub))) is not None:
             sub.__class__ = own
             sub.training = True
+        elif (own := _NORMS.get(type(sub))) is not None:
+            sub.__class__ = own
     return module
 
 

@@ -58,8 +58,9 @@ class HyperTrainingSearchCV(BaseSearchCV):
     One training run of all folds learns the weights *as a function of the hyperparameters*, and the hyperparameters
     descend the validation loss through that function [1]_. For small models a handful of settings, trained in one stacked
     pass, says where to start. The tuned setting, that start, the middle between them and the estimator's own setting are then
-    retrained from scratch and scored on every fold (of small models, and those with BatchNorm, also the tuned setting with stronger penalties,
-    and up to four on the line from it through whichever of these is better), and the best one is refitted on all the data.
+    retrained from scratch and scored on every fold (of small models also the tuned setting with stronger penalties, and up to four on the
+    line from it through whichever of these is better; of other models with BatchNorm the best one with stronger penalties), and the best
+    one is refitted on all the data.
 
     Parameters
     ----------
@@ -86,7 +87,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
     start : {"screened", "estimator"}, default="screened"
         Where the hyperparameters start: at the best of a handful of settings that are trained together in one stacked pass
         first, or at the estimator's own setting. If regularisation leaves nothing but a constant prediction there, "screened" begins
-        again, nearer to the middle of the distributions. Screened are small models only, for which that is nearly free, that can be stacked;
+        again, nearer to the middle of the distributions. Screened are small models that can be stacked, for which that is nearly free, and those with BatchNorm;
         and not with ``evaluate="hypernetwork"``, ``algorithm="global"``, skorch nets or weights of rows.
         "estimator" verifies that setting and the tuned one only.
     evaluate : {"retrain", "hypernetwork"}, default="retrain"

@@ -44,7 +44,9 @@ def screen(space: Space, prefix: str, folds: list[Fold], objective: Objective, c
     as_they_are = torch.where(log, line, current)
     up = torch.where(log, line[1:3], quarter) if log.any() else quarter
     settings = torch.cat([as_they_are, current[None], up])
-    affordable = _SCREENED // (len(settings) * objective.cost)
+    affordable = _SCREENED // (len(settings) * objective.cost) if objective.stacked else 0
+    if not affordable and objective.has_statistics and log.any():
+        settings, affordable = settings[: len(line) + 1], 1
     if not affordable:
         return None
     folds, net = folds[:affordable], folds[0].net

@@ -37,12 +37,13 @@ from hypertune.space import OUTER, Space
 from hypertune.stacked import flat_weights
 from hypertune.tunable import arrangements, find_reaches
 
-_VALID_BATCH = 256
+_VALID_BATCH, _FEWER_VALID = 256, 128  # rows of a step of λ̂; fewer where each costs
 _MOST_INITS = 3
 _INITS = 75_000  # multiplications for a row by all folds and initial weights; beyond it another copy costs what it would alone
 _FULL_PACE = 1_200  # training steps: in longer runs λ̂ is the slower, since the weights need the longer to respond
 _RECORDS = 50
-_RECORDED_ROWS = 1_000  # of each fold's validation rows
+_RECORDED_ROWS, _FEWER_RECORDED = 1_000, 256  # of each fold's validation rows; fewer where each costs
+_COSTLY = 75_000  # multiplications for a row
 _RECORDED_VALUES = 10_000_000  # of one hyperparameter in all records; of more, a draw of 1,000 in each
 _SETTLING = 50  # minibatches after which BatchNorm has forgotten what it was before
 _SIMPLIFIED_OFFSET = 2.0  # units of λ between λ̂'s start and the centre in "simplified"
@@ -249,9 +250,8 @@ def _problem(
     seeds: Sequence[int],
     like: Tensor,
 ) -> Problem:
-    valid_batches = Minibatches(
-        [fold.valid for fold in folds], max(folds[0].net.batch_size, _VALID_BATCH), seed=[seed + 1 for seed in seeds]
-    )
+    valid_rows = max(folds[0].net.batch_size, _FEWER_VALID if objective.cost > _COSTLY else _VALID_BATCH)
+    valid_batches = Minibatches([fold.valid for fold in folds], valid_rows, seed=[seed + 1 for seed in seeds])
 
     train_loss = make_train_loss(space, prefix, objective, folds[0].net, train_batches)
 
@@ -322,7 +322,8 @@ class _Trace:
     ):
         self.response, self.lam_hat, self.begin, self.per_epoch = response, lam_hat, begin, per_epoch
         self.averaged_from, self._most_values = averaged_from, _RECORDED_VALUES / n_records
-        self._folds = [fold.with_fewer_valid(_RECORDED_ROWS) for fold in response.folds]
+        rows = _FEWER_RECORDED if response.objective.cost > _COSTLY else _RECORDED_ROWS
+        self._folds = [fold.with_fewer_valid(rows) for fold in response.folds]
         self.rows: list[dict[str, Any]] = []
         self._losses: list[Tensor] = []
         self._sum, self._count = torch.zeros_like(lam_hat), 0

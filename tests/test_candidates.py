@@ -98,11 +98,23 @@ class Normed(nn.Sequential):
         super().__init__(nn.Linear(n, 5_000), nn.BatchNorm1d(5_000), nn.ReLU(), nn.Linear(5_000, m))
 
 
-def test_of_models_that_cost_time_nothing_more_is_retrained_and_a_little_where_a_batch_is_normalised(verified):
+def test_of_models_that_cost_time_nothing_more_is_retrained(verified):
     large = clone(NET).set_params(module=MLP(hidden=(150, 150)))  # 3 × 23,853 weights
     assert verified(away(-5.0), net=large)[1] == [4]
     assert verified(away(-5.0), net=large.set_params(module=MLP(hidden=(130, 130))))[1] == [5, 4]  # 3 × 18,073
-    assert verified(away(-5.0), net=large.set_params(module=Normed))[:2] == ([*FIRST, -5.0, -3.5], [5, 2])
+
+
+@pytest.mark.parametrize(
+    ("best", "more"),
+    [(-7.05, [-5.5]), (-4.6, [-5.5, -4.0]), (2.0, [-5.5, -4.0]), (-7.55, [-6.0]), (-13.0, [-11.5])],
+    ids=["start", "once more", "twice at most", "middle", "own"],
+)
+def test_with_batchnorm_the_best_of_large_models_is_tried_with_stronger_penalties(verified, best, more):
+    """As long as that pays: each step is a fit on every fold."""
+    found, stacks, (lam, _) = verified(away(best), net=clone(NET).set_params(module=Normed))
+    assert (found, stacks) == ([*FIRST[:4], *more], [4, *(1 for _ in more)])
+    assert lam[:, 0].tolist() == FIRST[:4]
+    assert verified(away(best), net=clone(NET).set_params(module=Normed), more=False)[1] == [4]
 
 
 def test_what_cannot_be_stacked_is_not_retrained_here(verified):

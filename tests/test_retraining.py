@@ -211,6 +211,36 @@ def test_running_statistics_are_those_of_single_fits(iris, used, batch_size):
     assert band[0, 0] <= found.best_response_.validation_loss() <= band[0, 1]
 
 
+class NormedRecurrent(nn.Module):
+    def __init__(self, n, m, dropout=0.0):
+        super().__init__()
+        self.rnn, self.norm, self.out = nn.GRU(1, 4, batch_first=True), nn.BatchNorm1d(4), nn.Linear(4, m)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x):
+        return self.out(self.dropout(self.norm(self.rnn(x[..., None])[0][:, -1])))
+
+
+@pytest.mark.filterwarnings("ignore:The folds are trained one after the other")
+def test_what_has_batchnorm_and_cannot_be_stacked_is_retrained_one_after_the_other(iris, used):
+    X, y = iris[0][50:], iris[1][50:]
+    splits = [list(StratifiedKFold(3).split(X, y))[k] for k in (1, 0, 2)]
+    net = clone(NET).set_params(module=NormedRecurrent, dtype="float64", max_epochs=10)
+    space = {"weight_decay": loguniform(1e-6, 1e1), "module__dropout": uniform(0, 0.5)}
+    found = search(net, space, cv=splits, scoring="neg_log_loss", start="screened").fit(X, y)
+    assert not found.best_response_.objective.stacked
+    params = found.cv_results_["params"]
+    assert len(params) >= 3
+    assert used.count(True) == 3 * len(params)  # of either pass
+    for row in (0, len(params) - 1):
+        for k, (train, valid) in enumerate(splits):
+            alone = clone(net).set_params(**params[row]).fit(X[train], y[train])
+            loss = log_loss(y[valid], alone.predict_proba(X[valid]), labels=[1, 2])
+            assert -found.cv_results_[f"split{k}_test_score"][row] == pytest.approx(loss, rel=1e-6)
+    lam, losses = found.best_response_.verified
+    assert_allclose(losses, -found.cv_results_["mean_test_score"][: len(lam)], rtol=1e-6)
+
+
 def test_one_validation_row_is_enough_for_a_module_with_batchnorm(iris):
     net = clone(NET).set_params(module=Normed, max_epochs=2)
     splits = [(np.arange(1, 100), np.arange(1)), (np.arange(50, 150), np.arange(50))]

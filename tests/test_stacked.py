@@ -99,6 +99,83 @@ def test_running_statistics_are_kept_per_fold(batch: Batch):
     assert not torch.allclose(*means)
 
 
+def test_in_the_gradient_of_the_validation_loss_running_statistics_respond_to_the_weights(batch: Batch):
+    """Against finite differences of a loss whose statistics are counted anew at the weights, with the rows' own for running ones."""
+    net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6, momentum=1.0), nn.Tanh(), nn.Linear(6, 3)).double()
+    objective = Objective(net, cross_entropy)
+    objective.try_stacking(batch.x[0], {})
+    w = torch.randn(2, objective.D, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+
+    def loss(w: torch.Tensor, models: int) -> torch.Tensor:
+        own = objective.with_statistics_of(1, models)
+        own.train_loss(w, {}, batch.repeat(models))
+        biased = (batch.x.shape[1] - 1) / batch.x.shape[1]
+        own.statistics["1.running_var"] *= biased  # torch keeps the unbiased one
+        return own.valid_loss(w, batch.repeat(models))
+
+    (gradient,) = torch.autograd.grad(loss(w, 2).sum(), w)
+    with torch.no_grad():
+        direction = torch.randn(w.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        h = 1e-6 * direction
+        expected = (loss(w + h, 2) - loss(w - h, 2)) / 2e-6
+        assert_close(
+            expected,
+            torch.stack(
+                [loss(w[i : i + 1] + h[i : i + 1], 1)[0] - loss(w[i : i + 1] - h[i : i + 1], 1)[0] for i in (0, 1)]
+            )
+            / 2e-6,
+            rtol=1e-6,
+            atol=1e-9,
+        )
+    assert_close((gradient * direction).sum(dim=1), expected, rtol=1e-5, atol=1e-7)
+    scaled = objective.named(gradient)["0.weight"] * objective.named(w)["0.weight"]
+    assert abs(scaled.sum()) < 1e-4  # weights in front of a normalisation have no scale, but for its eps
+
+
+@pytest.mark.parametrize(
+    ("norm", "shape"),
+    [
+        (nn.BatchNorm1d, (7, 3)),
+        (nn.BatchNorm1d, (7, 3, 4)),
+        (nn.BatchNorm2d, (7, 3, 4, 4)),
+        (nn.BatchNorm3d, (7, 3, 2, 2, 2)),
+    ],
+)
+@pytest.mark.parametrize("params", [{}, {"affine": False}, {"track_running_stats": False}, {"momentum": None}])
+def test_the_outputs_of_batchnorm_in_eval_mode_are_torchs(norm, shape, params):
+    torch.manual_seed(0)
+    net = norm(3, **params).double()
+    for _ in range(3):
+        net(3 * torch.randn(shape, dtype=torch.float64) + 1)
+    own = differentiable_in_eval_mode(copy.deepcopy(net))
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    assert_close(own(x), net.eval()(x))
+    with torch.no_grad():
+        assert torch.equal(own(x), net(x))
+    slope, torchs = (torch.autograd.grad(module(x)[:, 0].sum(), x)[0].abs().max() for module in (own, net))
+    assert slope < 1e-12  # all rows one up change nothing
+    assert torchs > 0.1 or params == {"track_running_stats": False}
+    if params != {"track_running_stats": False}:
+        one = torch.randn(1, 3, *(1,) * (len(shape) - 2), dtype=torch.float64)  # has no statistics of its own
+        assert_close(own(one), net(one))
+
+
+def test_frozen_statistics_do_not_respond():
+    class Frozen(nn.BatchNorm1d):
+        pass
+
+    class Holding(nn.Sequential):
+        def train(self, mode: bool = True) -> nn.Module:
+            super().train(mode)
+            self[0].eval()
+            return self
+
+    x = torch.randn(5, 3, requires_grad=True)
+    for net in (Holding(nn.BatchNorm1d(3)), nn.Sequential(Frozen(3))):
+        own = differentiable_in_eval_mode(copy.deepcopy(net))
+        assert torch.autograd.grad(own(x).sum(), x)[0].abs().min() > 0.5
+
+
 def test_running_statistics_of_a_stacked_pass_are_those_of_one_model_after_the_other(batch: Batch):
     """In training, kept or not; and two models of one fold share what the fold has, or have their own."""
     net = nn.Sequential(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from numpy.testing import assert_allclose
 from scipy.stats import loguniform, uniform
 from sklearn.base import clone
 from sklearn.model_selection import ShuffleSplit
+from torch import nn
 
 from hypertune import MLP, HyperTrainingSearchCV, TorchRegressor
 from hypertune.response import Fold
@@ -110,6 +112,44 @@ def test_mid_sized_ones_are_screened_on_as_many_folds_as_are_cheap(iris, monkeyp
     net = clone(NET).set_params(module=MLP(hidden=(128, 128)), max_epochs=1)  # 18,000 weights
     search(net, {"weight_decay": loguniform(1e-6, 1e1)}, start="screened", cv=7).fit(*iris)
     assert seen == [4, 7]  # the screening, the candidates
+
+
+class Normed(nn.Sequential):
+    def __init__(self, n, m, dropout=0.1):
+        hidden = nn.Linear(n, 60_000)
+        super().__init__(hidden, nn.BatchNorm1d(60_000), nn.ReLU(), nn.Dropout(dropout), nn.Linear(60_000, m))
+
+
+class Gathering(nn.Module):
+    """Cannot be stacked, and has BatchNorm."""
+
+    def __init__(self, n, m):
+        super().__init__()
+        self.rnn, self.norm, self.out = nn.GRU(1, 4, batch_first=True), nn.BatchNorm1d(4), nn.Linear(4, m)
+
+    def forward(self, x):
+        return self.out(self.norm(self.rnn(x[..., None])[0][:, -1]))
+
+
+@pytest.mark.filterwarnings("ignore:The folds are trained one after the other")
+@pytest.mark.parametrize(("module", "n"), [(Normed, 2), (Gathering, 1)])
+def test_with_batchnorm_a_line_is_screened_on_one_fold_at_any_size(iris, monkeypatch, module, n):
+    screened = []
+    monkeypatch.setattr(
+        "hypertune.starts.retrain",
+        lambda *args, **more: screened.append((args[2], args[4])) or retrain(*args, **more),
+    )
+    space = {"weight_decay": loguniform(1e-6, 1e1), "module__dropout": uniform(0, 0.8)}
+    net = clone(NET).set_params(module=module, max_epochs=1)
+    search(net, dict(list(space.items())[:n]), start="screened").fit(*iris)
+    ((folds, lam),) = screened
+    assert len(folds) == 1
+    line = np.log(loguniform(1e-6, 1e1).ppf([0.4, 0.5, 0.6, 0.7]))
+    assert_allclose(lam[:, 0], [*line, np.log(1e-6)])
+    assert_allclose(lam[:, 1:], 0.5 if n == 2 else np.empty((5, 0)))  # units of a quarter of the range
+    screened.clear()
+    search(net, {"input_noise": uniform(0, 1)}, start="screened").fit(*iris)
+    assert not screened  # nothing logarithmic
 
 
 @pytest.mark.parametrize("watch", ["verbose", "net", "search"])
