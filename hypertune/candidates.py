@@ -7,8 +7,6 @@ earlier λ, and λ̂ asks for too little regularisation: an effect like the shor
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -22,7 +20,6 @@ _SMALL = 60_000  # multiplications for a row by a setting's models on all folds:
 _STRONGER = 1.5  # units of λ: 4.5 times each weight decay
 _WORTHWHILE = 0.02  # of the tuned setting's loss: so much better must another be to be followed
 _ON_THE_LINE = (0.5, 1.5, 2.0, 3.0)  # times as far from the tuned setting as the best one
-_MOST_STEPS = 2  # up from the best, one after the other, where each costs a fit on every fold
 
 
 def distinct(tuned: Tensor, start: Tensor | None, current: Tensor) -> list[Tensor]:
@@ -46,8 +43,7 @@ def retrain_candidates(
 
     Of small models that is the tuned setting with all logarithmic hyperparameters e^1.5 times as large, which for penalties is stronger.
     And where one of all these is better than the tuned setting by 2%, in a second stacked pass, settings on the line from it through
-    the best. Of others with BatchNorm, stacked or not, it is the best setting with stronger penalties; and if that is better by 2%,
-    stronger ones still.
+    the best. Of others with BatchNorm, stacked or not, it is the best setting with stronger penalties.
 
     Returns
     -------
@@ -62,27 +58,24 @@ def retrain_candidates(
     more = more and (small or objective.has_statistics)
     if not more and (watched or not objective.stacked):
         return candidates, [], None
-    stronger, passes = _STRONGER * space.log, 1 + (more and (1 if small else _MOST_STEPS))
-    given, settings, tried = len(candidates), list(candidates), list[Tensor]()
-    retrained, losses = list[Retrained](), torch.empty(0)
+    stronger, tried = _STRONGER * space.log, list(candidates)
     if more and small:
-        settings += _new([space.clip(settings[0] + stronger)], settings)
-    while settings and len(retrained) < passes:
-        seed = retrained[0].seed if retrained else None
-        found = retrain(space, prefix, folds, objective, torch.stack(settings), seed=seed)
-        if found is None:
-            break
-        tried, retrained = [*tried, *settings], [*retrained, found]
-        yet, losses = losses.tolist(), torch.cat([losses, found.validation_losses(folds)])
-        best = tried[int(losses.argmin())]
-        if small:
-            reference, further = float(losses[0]), [tried[0] + times * (best - tried[0]) for times in _ON_THE_LINE]
-        else:
-            reference, further = min(yet, default=math.inf), [best + stronger]
-        better = math.isinf(reference) or reference - losses.min() > _WORTHWHILE * abs(reference)
-        settings = _new([space.clip(lam) for lam in further], tried) if better else []
-    if not retrained:
+        tried += _new([space.clip(tried[0] + stronger)], tried)
+    first = retrain(space, prefix, folds, objective, torch.stack(tried))
+    if first is None:
         return candidates, [], None
+    retrained, losses = [first], first.validation_losses(folds)
+    best, further = tried[int(losses.argmin())], []
+    if more and not small:
+        further = [best + stronger]
+    elif more and losses[0] - losses.min() > _WORTHWHILE * losses[0].abs():
+        further = [tried[0] + times * (best - tried[0]) for times in _ON_THE_LINE]
+    if further := _new([space.clip(lam) for lam in further], tried):
+        second = retrain(space, prefix, folds, objective, torch.stack(further), seed=first.seed)
+        if second is not None:
+            tried, retrained = [*tried, *further], [first, second]
+            losses = torch.cat([losses, second.validation_losses(folds)])
+    given = len(candidates)
     added = [lam for lam, loss in zip(tried[given:], losses[given:], strict=True) if loss.isfinite()]
     # Those that were added say less of how far a response is off: they were chosen by their losses, and lie on one line.
     return [*candidates, *added], [] if watched else retrained, (torch.stack(candidates), losses[:given])
