@@ -43,7 +43,7 @@ def retrain_candidates(
 
     Of small models that is the tuned setting with all logarithmic hyperparameters e^1.5 times as large, which for penalties is stronger.
     And where one of all these is better than the tuned setting by 2%, in a second stacked pass, settings on the line from it through
-    the best. Of others with BatchNorm, stacked or not, it is the best setting with stronger penalties.
+    the best. Of others with BatchNorm it is the best setting with stronger penalties.
 
     Returns
     -------
@@ -54,9 +54,9 @@ def retrain_candidates(
     verified : tuple of Tensor of shape (C, n) and Tensor of shape (C,), or None
         λ of what was given, and the validation losses, mean over folds.
     """
-    small = objective.stacked and objective.cost * len(folds) <= _SMALL
+    small = objective.cost * len(folds) <= _SMALL
     more = more and (small or objective.has_statistics)
-    if not more and (watched or not objective.stacked):
+    if watched and not more:
         return candidates, [], None
     stronger, tried = _STRONGER * space.log, list(candidates)
     if more and small:
@@ -66,9 +66,9 @@ def retrain_candidates(
         return candidates, [], None
     retrained, losses = [first], first.validation_losses(folds)
     best, further = tried[int(losses.argmin())], []
-    if more and not small:
+    if more and not small and losses.isfinite().any():
         further = [best + stronger]
-    elif more and losses[0] - losses.min() > _WORTHWHILE * losses[0].abs():
+    elif more and small and losses[0] - losses.min() > _WORTHWHILE * losses[0].abs():
         further = [tried[0] + times * (best - tried[0]) for times in _ON_THE_LINE]
     if further := _new([space.clip(lam) for lam in further], tried):
         second = retrain(space, prefix, folds, objective, torch.stack(further), seed=first.seed)

@@ -158,23 +158,30 @@ class _LSTM(_NoDropout, nn.LSTM): ...
 class _GRU(_NoDropout, nn.GRU): ...
 
 
+_FEW = 8  # rows, times places in an image
+
+
 class _StatisticsThatRespond(_BatchNorm):
-    """Of BatchNorm in eval mode: the outputs are those by its running statistics, and the gradient is that by the rows' own.
+    """Of BatchNorm in eval mode: the outputs are those by its running statistics, and the first derivative is that by the rows' own.
 
     Running statistics are what training at the weights has left. As constants they would say that smaller weights in front of them
-    make smaller outputs, and what merely shrinks these would look like regularisation.
+    make smaller outputs, and what merely shrinks these would look like regularisation. A few rows have no statistics worth the name.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
-        if not torch.is_grad_enabled() or self.running_mean is None or x.numel() == x.shape[1]:
+        few = x.numel() < _FEW * x.shape[1]
+        if few or self.running_mean is None or self.running_var is None or not torch.is_grad_enabled():
             return super().forward(x)
         with torch.no_grad():
-            var, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
-            scale = (self.running_var + self.eps).rsqrt()  # type: ignore[operator, union-attr]
+            rows = x.to(self.running_var.dtype)  # half precision has no room for squares
+            var, mean = torch.var_mean(rows, [0, *range(2, x.dim())], correction=0)
+            scale = (self.running_var + self.eps).rsqrt()
             shift, scale = (mean - self.running_mean) * scale, (var + self.eps).sqrt() * scale
         if self.weight is not None:
-            scale, shift = scale * self.weight, torch.addcmul(self.bias, shift, self.weight)
+            scale, shift = scale * self.weight, shift * self.weight
+        if self.bias is not None:
+            shift = shift + self.bias
         return F.batch_norm(x, None, None, scale, shift, training=True, eps=self.eps)
 
 
@@ -204,7 +211,7 @@ def differentiable_in_eval_mode(module: nn.Module) -> nn.Module:
         if (own := _RECURRENT.get(type(sub))) is not None:
             sub.__class__ = own
             sub.training = True
-        elif (own := _NORMS.get(type(sub))) is not None:
+        elif (own := _NORMS.get(type(sub))) is not None and sub.momentum != 0:
             sub.__class__ = own
     return module
 

@@ -106,15 +106,18 @@ def retrain(
     *,
     epochs: int | None = None,
     seed: int | None = None,
+    one_by_one: bool = False,
 ) -> Retrained | None:
-    """Train C settings (C, n) on all folds, for ``epochs`` and from the ``seed`` or as the net would.
+    """Train C settings (C, n) on all folds, for ``epochs`` and from the ``seed`` or as the net would; None where they cannot be stacked.
 
-    All in one pass, or one after the other if the module cannot be stacked. None where that would be no fits of their own.
+    With ``one_by_one`` such settings are trained one after the other: to compare their losses, and not for weights to keep, since what
+    a module remembers is that of the first.
     """
     net = folds[0].net
     K, C = len(folds), len(lam)
     if (
         not isinstance(net, TorchEstimator)
+        or not (objective.stacked or one_by_one)
         or K * C * objective.D > _MOST_WEIGHTS
         or any(h.grain == "row" for h in space.hyperparameters)
     ):
@@ -125,7 +128,7 @@ def retrain(
     groups: dict[tuple[int, int], list[int]] = {}
     for k, fold in enumerate(folds):
         stream = Minibatches([fold.train], net.batch_size, seed=seed)
-        groups.setdefault((stream.batch_size, stream.steps_per_epoch) if objective.stacked else (k, k), []).append(k)
+        groups.setdefault((stream.batch_size, stream.steps_per_epoch), []).append(k)
     parts: list[list[_Trained]] = []
     for group in groups.values():
         parts.append([])

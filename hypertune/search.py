@@ -59,7 +59,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
     descend the validation loss through that function [1]_. For small models a handful of settings, trained in one stacked
     pass, says where to start. The tuned setting, that start, the middle between them and the estimator's own setting are then
     retrained from scratch and scored on every fold (of small models also the tuned setting with stronger penalties, and up to four on the
-    line from it through whichever of these is better; of other models with BatchNorm the best one with stronger penalties), and the best
+    line from it through whichever of these is better; of other models with BatchNorm that can be stacked the best one with stronger penalties), and the best
     one is refitted on all the data.
 
     Parameters
@@ -87,7 +87,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
     start : {"screened", "estimator"}, default="screened"
         Where the hyperparameters start: at the best of a handful of settings that are trained together in one stacked pass
         first, or at the estimator's own setting. If regularisation leaves nothing but a constant prediction there, "screened" begins
-        again, nearer to the middle of the distributions. Screened are small models that can be stacked, for which that is nearly free, and those with BatchNorm;
+        again, nearer to the middle of the distributions. Screened are small models that can be stacked, for which that is nearly free, and those with BatchNorm (on one fold; if a logarithmic hyperparameter is tuned);
         and not with ``evaluate="hypernetwork"``, ``algorithm="global"``, skorch nets or weights of rows.
         "estimator" verifies that setting and the tuned one only.
     evaluate : {"retrain", "hypernetwork"}, default="retrain"
@@ -170,7 +170,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
         The learned best response: weights, a fitted estimator or a validation curve at any setting, without training.
     history_ : dict of arrays
         The hyper-training: "algorithm" (a string: which one ran, and why), "grain_scale", and by record "step", "seconds", "epoch", "train_loss" and "validation_loss" (means over folds, the
-        latter on at most 1,000 validation rows of each), and the path of each hyperparameter under its name.
+        latter on at most 1,000 validation rows of each, of costly models 256), and the path of each hyperparameter under its name.
     n_features_in_ : int
         Number of features seen during fit; only if ``refit``.
     feature_names_in_ : ndarray of shape (n_features_in_,)

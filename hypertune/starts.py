@@ -30,7 +30,9 @@ _THIRD = 1 / 3  # of the way up a distribution: out of the flat part
 
 
 def screen(space: Space, prefix: str, folds: list[Fold], objective: Objective, current: Tensor) -> Tensor | None:
-    """Where λ̂ should start (n,): the best of a handful of settings from weak to strong regularisation; None where stacking does not pay.
+    """Where λ̂ should start (n,): the best of a handful of settings from weak to strong regularisation.
+
+    None where stacking does not pay; but with BatchNorm and a logarithmic hyperparameter ``current`` and the line are trained on one fold then.
 
     They are ``current`` (n,), a line of quantiles of all logarithmic hyperparameters together with the others as they are, and
     two of that line with the others a quarter of the way up. They are trained on as many of the folds as is cheap, for a third of
@@ -53,7 +55,13 @@ def screen(space: Space, prefix: str, folds: list[Fold], objective: Objective, c
     per_epoch = min(Minibatches([fold.train], net.batch_size, seed=0).steps_per_epoch for fold in folds)
     steps = max(_SCREENED_SHARE * net.max_epochs * per_epoch, _SCREENED_STEPS)
     screened = retrain(
-        space, prefix, folds, objective, settings, epochs=min(net.max_epochs, math.ceil(steps / per_epoch))
+        space,
+        prefix,
+        folds,
+        objective,
+        settings,
+        epochs=min(net.max_epochs, math.ceil(steps / per_epoch)),
+        one_by_one=True,
     )
     if screened is None:
         return None

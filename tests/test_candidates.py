@@ -113,6 +113,13 @@ def test_with_batchnorm_the_best_of_large_models_is_tried_with_stronger_penaltie
     assert verified(away(best), net=clone(NET).set_params(module=Normed), more=False)[1] == [4]
 
 
+def test_with_batchnorm_nothing_follows_where_all_diverged(verified):
+    found, stacks, _ = verified(
+        lambda lam: torch.full_like(lam[:, 0], torch.inf), net=clone(NET).set_params(module=Normed)
+    )
+    assert (found, stacks) == (FIRST[:4], [4])
+
+
 def test_what_cannot_be_stacked_is_not_retrained_here(verified):
     unknown = clone(NET).set_params(optimizer=torch.optim.Rprop)  # to move each number by itself
     assert verified(away(-5.0), net=unknown) == (FIRST[:4], [], None)

@@ -100,33 +100,25 @@ def test_running_statistics_are_kept_per_fold(batch: Batch):
 
 
 def test_in_the_gradient_of_the_validation_loss_running_statistics_respond_to_the_weights(batch: Batch):
-    """Against finite differences of a loss whose statistics are counted anew at the weights, with the rows' own for running ones."""
+    """Against finite differences of a loss whose statistics are counted anew at the weights, on the rows that it is taken of."""
     net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6, momentum=1.0), nn.Tanh(), nn.Linear(6, 3)).double()
-    objective = Objective(net, cross_entropy)
+    objective, rows = (
+        Objective(net, cross_entropy),
+        Batch(torch.cat([batch.x, batch.x.flip(2)], 1), batch.y.repeat(1, 2)),
+    )
     objective.try_stacking(batch.x[0], {})
-    w = torch.randn(2, objective.D, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    g = torch.Generator().manual_seed(0)
+    w, direction = (torch.randn(2, objective.D, generator=g, dtype=torch.float64) for _ in range(2))
 
-    def loss(w: torch.Tensor, models: int) -> torch.Tensor:
-        own = objective.with_statistics_of(1, models)
-        own.train_loss(w, {}, batch.repeat(models))
-        biased = (batch.x.shape[1] - 1) / batch.x.shape[1]
-        own.statistics["1.running_var"] *= biased  # torch keeps the unbiased one
-        return own.valid_loss(w, batch.repeat(models))
+    def losses(w: torch.Tensor) -> torch.Tensor:
+        own = objective.with_statistics_of(1, 2)
+        own.train_loss(w, {}, rows.repeat(2))
+        own.statistics["1.running_var"] *= 11 / 12  # torch keeps the unbiased one
+        return own.valid_loss(w, rows.repeat(2))
 
-    (gradient,) = torch.autograd.grad(loss(w, 2).sum(), w)
+    (gradient,) = torch.autograd.grad(losses(w.requires_grad_()).sum(), w)
     with torch.no_grad():
-        direction = torch.randn(w.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        h = 1e-6 * direction
-        expected = (loss(w + h, 2) - loss(w - h, 2)) / 2e-6
-        assert_close(
-            expected,
-            torch.stack(
-                [loss(w[i : i + 1] + h[i : i + 1], 1)[0] - loss(w[i : i + 1] - h[i : i + 1], 1)[0] for i in (0, 1)]
-            )
-            / 2e-6,
-            rtol=1e-6,
-            atol=1e-9,
-        )
+        expected = (losses(w + 1e-6 * direction) - losses(w - 1e-6 * direction)) / 2e-6
     assert_close((gradient * direction).sum(dim=1), expected, rtol=1e-5, atol=1e-7)
     scaled = objective.named(gradient)["0.weight"] * objective.named(w)["0.weight"]
     assert abs(scaled.sum()) < 1e-4  # weights in front of a normalisation have no scale, but for its eps
@@ -135,10 +127,10 @@ def test_in_the_gradient_of_the_validation_loss_running_statistics_respond_to_th
 @pytest.mark.parametrize(
     ("norm", "shape"),
     [
-        (nn.BatchNorm1d, (7, 3)),
-        (nn.BatchNorm1d, (7, 3, 4)),
-        (nn.BatchNorm2d, (7, 3, 4, 4)),
-        (nn.BatchNorm3d, (7, 3, 2, 2, 2)),
+        (nn.BatchNorm1d, (9, 3)),
+        (nn.BatchNorm1d, (9, 3, 4)),
+        (nn.BatchNorm2d, (9, 3, 4, 4)),
+        (nn.BatchNorm3d, (9, 3, 2, 2, 2)),
     ],
 )
 @pytest.mark.parametrize("params", [{}, {"affine": False}, {"track_running_stats": False}, {"momentum": None}])
@@ -160,20 +152,54 @@ def test_the_outputs_of_batchnorm_in_eval_mode_are_torchs(norm, shape, params):
         assert_close(own(one), net(one))
 
 
-def test_frozen_statistics_do_not_respond():
-    class Frozen(nn.BatchNorm1d):
-        pass
+@pytest.mark.parametrize(("weight", "bias"), [(True, False), (False, True), (True, True)])
+def test_batchnorm_s_own_weights_have_their_gradient_whatever_the_statistics(weight, bias):
+    torch.manual_seed(0)
+    net = nn.BatchNorm1d(3).double()
+    for name, own in (("weight", weight), ("bias", bias)):
+        setattr(net, name, nn.Parameter(torch.randn(3, dtype=torch.float64)) if own else None)
+    net(5 * torch.randn(20, 3, dtype=torch.float64) + 2)
+    own, x = differentiable_in_eval_mode(copy.deepcopy(net)), torch.randn(9, 3, dtype=torch.float64)
+    assert_close(own(x), net.eval()(x))
+    found, expected = (torch.autograd.grad(m(x).square().sum(), list(m.parameters())) for m in (own, net))
+    assert_close(found, expected)
 
-    class Holding(nn.Sequential):
-        def train(self, mode: bool = True) -> nn.Module:
-            super().train(mode)
-            self[0].eval()
-            return self
 
-    x = torch.randn(5, 3, requires_grad=True)
-    for net in (Holding(nn.BatchNorm1d(3)), nn.Sequential(Frozen(3))):
-        own = differentiable_in_eval_mode(copy.deepcopy(net))
-        assert torch.autograd.grad(own(x).sum(), x)[0].abs().min() > 0.5
+class Holding(nn.Sequential):
+    """Keeps its BatchNorm frozen."""
+
+    def train(self, mode: bool = True) -> nn.Module:
+        super().train(mode)
+        self[0].eval()
+        return self
+
+
+class Own(nn.BatchNorm1d):
+    """May do anything."""
+
+
+@pytest.mark.parametrize(
+    ("net", "rows"),
+    [
+        (Holding(nn.BatchNorm1d(3)), 20),
+        (nn.Sequential(nn.BatchNorm1d(3, momentum=0.0)), 20),
+        (nn.Sequential(Own(3)), 20),
+        (nn.Sequential(nn.BatchNorm1d(3)), 7),
+    ],
+    ids=["frozen", "no momentum", "a subclass", "few rows"],
+)
+def test_statistics_that_do_not_respond(net, rows):
+    x = torch.randn(rows, 3, requires_grad=True)
+    own = differentiable_in_eval_mode(copy.deepcopy(net))
+    assert_close(torch.autograd.grad(own(x).sum(), x), torch.autograd.grad(net.eval()(x).sum(), x))
+
+
+def test_statistics_of_half_precision_do_not_overflow():
+    x = 400 * torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
+    net = nn.BatchNorm1d(3, momentum=1.0)
+    net(x)
+    own = differentiable_in_eval_mode(copy.deepcopy(net))
+    assert_close(own(x.half()).float(), net.eval()(x), atol=2e-2, rtol=1e-2)
 
 
 def test_running_statistics_of_a_stacked_pass_are_those_of_one_model_after_the_other(batch: Batch):

@@ -1,0 +1,35 @@
+"""The loop of the hyper-training."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.stats import loguniform
+from sklearn.model_selection import ShuffleSplit
+
+from hypertune import MLP, HyperTrainingSearchCV, TorchClassifier, training
+from hypertune.response import BestResponse
+
+
+@pytest.mark.parametrize(
+    ("costly", "batch_size", "seen", "recorded"), [(1e9, 16, 256, 1_000), (0, 16, 128, 256), (0, 200, 200, 256)]
+)
+def test_where_each_row_costs_fewer_validate_a_step(monkeypatch, costly, batch_size, seen, recorded):
+    """But not fewer than train one."""
+    sizes, rows = [], []
+    own, losses = training.Minibatches, BestResponse._validation_losses
+    monkeypatch.setattr(training, "_COSTLY", costly)
+    monkeypatch.setattr(training, "Minibatches", lambda f, size, seed: sizes.append(size) or own(f, size, seed=seed))
+    monkeypatch.setattr(
+        BestResponse,
+        "_validation_losses",
+        lambda self, lam, folds=None: rows.append(len(folds[0].valid.x)) or losses(self, lam, folds),
+    )
+    X = np.random.default_rng(0).normal(size=(1_400, 2)).astype(np.float32)
+    net = TorchClassifier(MLP(hidden=(4,)), batch_size=batch_size, max_epochs=2, random_state=0)
+    cv = ShuffleSplit(1, test_size=1_200, random_state=0)
+    HyperTrainingSearchCV(
+        net, {"weight_decay": loguniform(1e-6, 1e0)}, cv=cv, start="estimator", evaluate="hypernetwork", random_state=0
+    ).fit(X, X[:, 0] > 0)
+    assert sizes == [batch_size, seen]
+    assert set(rows) == {recorded}
