@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -106,18 +105,17 @@ def retrain(
     *,
     epochs: int | None = None,
     seed: int | None = None,
-    one_by_one: bool = False,
+    unstacked: bool = False,
 ) -> Retrained | None:
     """Train C settings (C, n) on all folds, for ``epochs`` and from the ``seed`` or as the net would; None where they cannot be stacked.
 
-    With ``one_by_one`` such settings are trained one after the other: to compare their losses, and not for weights to keep, since what
-    a module remembers is that of the first.
+    With ``unstacked`` such models are trained too, as an objective runs them: one after the other, and all in memory.
     """
     net = folds[0].net
     K, C = len(folds), len(lam)
     if (
         not isinstance(net, TorchEstimator)
-        or not (objective.stacked or one_by_one)
+        or not (objective.stacked or unstacked)
         or K * C * objective.D > _MOST_WEIGHTS
         or any(h.grain == "row" for h in space.hyperparameters)
     ):
@@ -125,50 +123,37 @@ def retrain(
     seed = draw_seed(clone(net).random_state) if seed is None else seed
     epochs = net.max_epochs if epochs is None else epochs
     # Folds of other sizes have other minibatches and schedules: those that are alike are trained together.
-    groups: dict[tuple[int, int], list[int]] = {}
+    alike: dict[tuple[int, int], list[int]] = {}
     for k, fold in enumerate(folds):
         stream = Minibatches([fold.train], net.batch_size, seed=seed)
-        groups.setdefault((stream.batch_size, stream.steps_per_epoch), []).append(k)
-    parts: list[list[_Trained]] = []
-    for group in groups.values():
-        parts.append([])
-        for some in [lam] if objective.stacked else lam.split(1):
-            trained = _train(space, prefix, [folds[k] for k in group], objective, some, epochs, seed)
-            if trained is None:
-                return None
-            parts[-1].append(trained)
-    order = torch.tensor([k for group in groups.values() for k in group]).argsort()
+        alike.setdefault((stream.batch_size, stream.steps_per_epoch), []).append(k)
+    parts = []
+    for group in alike.values():
+        trained = _train(space, prefix, [folds[k] for k in group], objective, lam, epochs, seed)
+        if trained is None:
+            return None
+        parts.append(trained)
+    order = torch.tensor([k for group in alike.values() for k in group]).argsort()
 
-    def all_of(piece: Callable[[_Trained], Tensor]) -> Tensor:
-        """Pieces (some folds, some settings, ...) → (K, C, ...)."""
-        rows = [torch.cat([piece(one) for one in row], dim=1) if len(row) > 1 else piece(row[0]) for row in parts]
-        return rows[0] if len(rows) == 1 else torch.cat(rows)[order.to(rows[0].device)]
+    def of_folds(pieces: list[Tensor]) -> Tensor:
+        """Of the groups one after the other, (some folds, C, ...), → (K, C, ...)."""
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)[order.to(pieces[0].device)]
 
-    weights, curves = all_of(lambda one: one.w), all_of(lambda one: one.curves)
-    kept = {k: all_of(lambda one, k=k: one.statistics[k]).flatten(0, 1) for k in parts[0][0].statistics}  # type: ignore[misc]
-    remembered = [one.remembered for row in parts for one in row]
-    numbers = [{of: v for of, v in one.items() if not isinstance(v, Tensor)} for one in remembered]
+    weights, curves = of_folds([part[0] for part in parts]), of_folds([part[1] for part in parts])
+    kept = {k: of_folds([part[2][k] for part in parts]).flatten(0, 1) for k in parts[0][2]}
+    numbers = [{of: v for of, v in part[3].items() if not isinstance(v, Tensor)} for part in parts]
     if any(one != numbers[0] for one in numbers):
         return None
     objective = objective.with_statistics_of(K, C, kept)
-    objective.remembered = remembered[0]
+    objective.remembered = parts[0][3]
     keys = [] if folds[0].padded else [fingerprint(*fold.train[:3]) for fold in folds]
     return Retrained(space, prefix, lam, weights.cpu().numpy(), curves.cpu(), objective, keys, net.n_outputs_, seed)
 
 
-class _Trained(NamedTuple):
-    """Weights (K, C, D), curves (K, C, epochs), running statistics (K, C, ...) and what the module remembers."""
-
-    w: Tensor
-    curves: Tensor
-    statistics: dict[str, Tensor]
-    remembered: dict[tuple[str, str], Any]
-
-
 def _train(
     space: Space, prefix: str, folds: list[Fold], objective: Objective, lam: Tensor, epochs: int, seed: int
-) -> _Trained | None:
-    """C settings on folds with as many minibatches.
+) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[tuple[str, str], Any]] | None:
+    """Weights (K, C, D), curves (K, C, epochs), running statistics (K, C, ...) and what the module remembers, on folds with as many minibatches.
 
     None under an optimizer that sees all weights, and where some fit of its own would not begin as the stack does: with frozen weights
     drawn at random, with a module or a penalty that draws random numbers for every model, ...
@@ -205,8 +190,7 @@ def _train(
             curves[..., number // per_epoch] += loss.detach() / per_epoch
             batch = next(stream)
     kept = objective.statistics if objective.has_statistics else {}
-    statistics = {k: b.unflatten(0, (K, C)) for k, b in kept.items()}
-    return _Trained(w.detach(), curves, statistics, objective.remembers())
+    return w.detach(), curves, {k: b.unflatten(0, (K, C)) for k, b in kept.items()}, objective.remembers()
 
 
 class _FirstStep(NamedTuple):

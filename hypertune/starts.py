@@ -17,7 +17,7 @@ from hypertune.batches import Minibatches
 from hypertune.hyperprior import vertex
 from hypertune.objective import Objective
 from hypertune.response import Fold
-from hypertune.retraining import retrain
+from hypertune.retraining import Retrained, retrain
 from hypertune.space import Space
 
 _SCREENED = 600_000  # multiplications for a row by all models: beyond it each costs what it would alone
@@ -54,18 +54,15 @@ def screen(space: Space, prefix: str, folds: list[Fold], objective: Objective, c
     folds, net = folds[:affordable], folds[0].net
     per_epoch = min(Minibatches([fold.train], net.batch_size, seed=0).steps_per_epoch for fold in folds)
     steps = max(_SCREENED_SHARE * net.max_epochs * per_epoch, _SCREENED_STEPS)
-    screened = retrain(
-        space,
-        prefix,
-        folds,
-        objective,
-        settings,
-        epochs=min(net.max_epochs, math.ceil(steps / per_epoch)),
-        one_by_one=True,
-    )
-    if screened is None:
-        return None
-    losses = screened.validation_losses(folds)
+    epochs = min(net.max_epochs, math.ceil(steps / per_epoch))
+    screened: list[Retrained] = []
+    for some in [settings] if objective.stacked else settings.split(1):
+        seed = screened[0].seed if screened else None
+        trained = retrain(space, prefix, folds, objective, some, epochs=epochs, seed=seed, unstacked=True)
+        if trained is None:
+            return None
+        screened.append(trained)
+    losses = torch.cat([trained.validation_losses(folds) for trained in screened])
     best = int(losses.argmin())
     if best == len(line) and (near := (losses[:best] <= _NEARLY * losses[best]).nonzero()).numel():
         return settings[near[-1, 0]]

@@ -39,11 +39,12 @@ from hypertune.tunable import arrangements, find_reaches
 
 _VALID_BATCH, _FEWER_VALID = 256, 128  # rows of a step of λ̂; fewer where each costs
 _MOST_INITS = 3
-_INITS = 75_000  # multiplications for a row by all folds and initial weights; beyond it another copy costs what it would alone
+_COSTLY = (
+    75_000  # multiplications for a row: beyond it each row costs, and another copy of the model what it would alone
+)
 _FULL_PACE = 1_200  # training steps: in longer runs λ̂ is the slower, since the weights need the longer to respond
 _RECORDS = 50
 _RECORDED_ROWS, _FEWER_RECORDED = 1_000, 256  # of each fold's validation rows; fewer where each costs
-_COSTLY = 75_000  # multiplications for a row
 _RECORDED_VALUES = 10_000_000  # of one hyperparameter in all records; of more, a draw of 1,000 in each
 _SETTLING = 50  # minibatches after which BatchNorm has forgotten what it was before
 _SIMPLIFIED_OFFSET = 2.0  # units of λ between λ̂'s start and the centre in "simplified"
@@ -97,7 +98,7 @@ def hyper_train(
     with isolated(seed, net.device):
         if n_inits is None:
             several = objective.stacked and not recipe.implicit.any()
-            n_inits = min(_MOST_INITS, _INITS // (K * objective.cost)) if several else 1
+            n_inits = min(_MOST_INITS, _COSTLY // (K * objective.cost)) if several else 1
         models = folds * max(n_inits, 1)
         w0 = torch.stack([flat_weights(fold.net._build_module()) for fold in models])
         lam_hat = start.to(w0, copy=True)

@@ -222,7 +222,7 @@ class NormedRecurrent(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:The folds are trained one after the other")
-def test_what_cannot_be_stacked_is_trained_one_after_the_other_to_compare_it(iris, used):
+def test_what_cannot_be_stacked_is_trained_one_after_the_other_if_asked_for(iris, used):
     X, y = iris[0][50:], iris[1][50:]
     splits = [list(StratifiedKFold(3).split(X, y))[k] for k in (1, 0, 2)]
     net = clone(NET).set_params(module=NormedRecurrent, dtype="float64", max_epochs=5, batch_size=1024)  # unequal folds
@@ -232,7 +232,7 @@ def test_what_cannot_be_stacked_is_trained_one_after_the_other_to_compare_it(iri
     used.clear()
     lam = torch.stack([setup.current, setup.space.quantile(np.full((1, 2), 0.6))[0]])
     assert retrain(*setup[:4], lam) is None
-    found = retrain(*setup[:4], lam, one_by_one=True).validation_losses(setup.folds)
+    found = retrain(*setup[:4], lam, unstacked=True).validation_losses(setup.folds)
     for one, loss in zip(lam, found, strict=True):
         alone = clone(net).set_params(**setup.space.decode(one))
         scores = cross_val_score(alone, X, y, cv=splits, scoring="neg_log_loss")

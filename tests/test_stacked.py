@@ -102,10 +102,8 @@ def test_running_statistics_are_kept_per_fold(batch: Batch):
 def test_in_the_gradient_of_the_validation_loss_running_statistics_respond_to_the_weights(batch: Batch):
     """Against finite differences of a loss whose statistics are counted anew at the weights, on the rows that it is taken of."""
     net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6, momentum=1.0), nn.Tanh(), nn.Linear(6, 3)).double()
-    objective, rows = (
-        Objective(net, cross_entropy),
-        Batch(torch.cat([batch.x, batch.x.flip(2)], 1), batch.y.repeat(1, 2)),
-    )
+    objective = Objective(net, cross_entropy)
+    rows = Batch(torch.cat([batch.x, batch.x.flip(2)], 1), batch.y.repeat(1, 2))
     objective.try_stacking(batch.x[0], {})
     g = torch.Generator().manual_seed(0)
     w, direction = (torch.randn(2, objective.D, generator=g, dtype=torch.float64) for _ in range(2))
@@ -150,6 +148,8 @@ def test_the_outputs_of_batchnorm_in_eval_mode_are_torchs(norm, shape, params):
     if params != {"track_running_stats": False}:
         one = torch.randn(1, 3, *(1,) * (len(shape) - 2), dtype=torch.float64)  # has no statistics of its own
         assert_close(own(one), net(one))
+    with pytest.raises(ValueError, match="expected"):
+        own(x[..., None, None, None, None])
 
 
 @pytest.mark.parametrize(("weight", "bias"), [(True, False), (False, True), (True, True)])

@@ -137,13 +137,15 @@ def test_with_batchnorm_a_line_is_screened_on_one_fold_at_any_size(iris, monkeyp
     screened = []
     monkeypatch.setattr(
         "hypertune.starts.retrain",
-        lambda *args, **more: screened.append((args[2], args[4])) or retrain(*args, **more),
+        lambda *args, **more: screened.append((args[2], args[4], more["seed"])) or retrain(*args, **more),
     )
     space = {"weight_decay": loguniform(1e-6, 1e1), "module__dropout": uniform(0, 0.8)}
     net = clone(NET).set_params(module=module, max_epochs=1)
     search(net, dict(list(space.items())[:n]), start="screened").fit(*iris)
-    ((folds, lam),) = screened
-    assert len(folds) == 1
+    assert [len(folds) for folds, *_ in screened] == [1] * (1 if module is Normed else 5)
+    assert [seed for *_, seed in screened] == [None] + [screened[-1][2]] * (len(screened) - 1)  # what the first drew
+    assert screened[-1][2] is not None or module is Normed
+    lam = torch.cat([lam for _, lam, _ in screened])
     line = np.log(loguniform(1e-6, 1e1).ppf([0.4, 0.5, 0.6, 0.7]))
     assert_allclose(lam[:, 0], [*line, np.log(1e-6)])
     assert_allclose(lam[:, 1:], 0.5 if n == 2 else np.empty((5, 0)))  # units of a quarter of the range
