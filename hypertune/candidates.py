@@ -68,7 +68,7 @@ def retrain_candidates(
     best, further = tried[int(losses.argmin())], []
     if more and not small and losses.isfinite().any():
         further = [best + stronger]
-    elif more and small and losses[0] - losses.min() > _WORTHWHILE * losses[0].abs():
+    elif more and losses[0] - losses.min() > _WORTHWHILE * losses[0].abs():
         further = [tried[0] + times * (best - tried[0]) for times in _ON_THE_LINE]
     if further := _new([space.clip(lam) for lam in further], tried):
         second = retrain(space, prefix, folds, objective, torch.stack(further), seed=first.seed)
