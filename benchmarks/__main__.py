@@ -61,6 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         help="cells of arena, band and stress, or bad seeds, run at the same time (default 1)",
     )
     parser.add_argument("--first-seed", type=int, default=0, help="of arena, band and stress (default 0)")
+    parser.add_argument("--scoring", default=None, help="of arena: accuracy, roc_auc_ovr, ... instead of the log-loss")
     parser.add_argument("--device", default="cpu", help="torch device, of cost (default cpu)")
     parser.add_argument("--budget", choices=["smoke", "full"], default="smoke", help="of the paper's figures")
     arguments = parser.parse_args(argv)
@@ -83,6 +84,7 @@ def main(argv: list[str] | None = None) -> None:
             arguments.patience,
             arguments.jobs,
             arguments.first_seed,
+            arguments.scoring,
         )
     elif arguments.name == "digits":
         compare(digits, arguments.seeds, arguments.out)

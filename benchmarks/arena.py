@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,9 @@ def fight(
     patience: float = 1.0,
     jobs: int = 1,
     first_seed: int = 0,
+    scoring: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Run what is not in ``out/arena.json`` yet, and print the summary of all that is.
+    """Run what is not in ``out/arena.json`` (with another scoring ``out/arena-SCORING.json``) yet, and print the summary of all that is.
 
     Parameters
     ----------
@@ -49,9 +50,12 @@ def fight(
     jobs : int, default=1
         Cells run at the same time, each with its share of the threads.
     first_seed : int, default=0
+    scoring : str, optional
+        What everybody searches by and is judged by, in place of the log-loss or squared error: a name of scikit-learn's for a metric
+        whose best value is 1, as "accuracy". Losses are 1 minus it.
     """
     out.mkdir(parents=True, exist_ok=True)
-    path = out / "arena.json"
+    path = out / ("arena.json" if scoring is None else f"arena-{scoring}.json")
     rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
     have = {(row["problem"], row["seed"], row["solver"]): row for row in rows}
     order = ["defaults", OURS, *(name for name in names if name not in ("defaults", OURS))]
@@ -60,13 +64,14 @@ def fight(
         for name in problems:
             missing = [solver for solver in order if (name, seed, solver) not in have]
             if missing:
-                cells.append(delayed(_cell)(name, seed, missing, directory, patience, have.get((name, seed, OURS))))
+                ours = have.get((name, seed, OURS))
+                cells.append(delayed(_cell)(name, seed, missing, directory, patience, ours, scoring))
     done = Parallel(n_jobs=jobs, return_as="generator_unordered")(cells)
     for new in tqdm(done, total=len(cells), unit="cell"):
         rows += new
         path.write_text(json.dumps({"environment": report.environment() | {"jobs": jobs}, "rows": rows}))
     print(summary(rows))
-    report.multiples(rows, out / "arena.png")
+    report.multiples(rows, path.with_suffix(".png"))
     return rows
 
 
@@ -78,10 +83,18 @@ def redraw(results: Path, docs: Path) -> None:
 
 
 def _cell(
-    name: str, seed: int, names: Sequence[str], directory: str | None, patience: float, ours: dict[str, Any] | None
+    name: str,
+    seed: int,
+    names: Sequence[str],
+    directory: str | None,
+    patience: float,
+    ours: dict[str, Any] | None,
+    scoring: str | None,
 ) -> list[dict[str, Any]]:
     """The rows of some solvers on one problem; ``ours`` is our own row, if it is there already."""
     problem, rows = ARENA[name](seed, directory), []
+    if scoring is not None:
+        problem = replace(problem, scoring=scoring)
     for solver in names:
         limits: dict[str, Any] = {"seconds": math.inf}
         if solver not in ("defaults", OURS):

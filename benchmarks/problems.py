@@ -53,6 +53,10 @@ class Problem:
 
     scoring: str = "neg_log_loss"
 
+    def loss(self, score: float) -> float:
+        """What is lacking to the best possible score; lower is better. The losses themselves, of scorers that are named "neg_…"."""
+        return (0.0 if self.scoring.startswith("neg_") else 1.0) - float(score)
+
     @property
     def prefix(self) -> str:
         """What precedes the net's own parameter names."""

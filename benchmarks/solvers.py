@@ -30,12 +30,13 @@ from hypertune.space import Hyperparameter
 class Trial:
     """A setting and its validation loss; infinite if it was given up early.
 
-    ``path`` is the trace of a hyper-training.
+    ``path`` is the trace of a hyper-training; ``epochs`` after how many a fit is to be stopped, if it is.
     """
 
     params: dict[str, Any]
     loss: float
     path: dict[str, list[Any]] = field(default_factory=dict)
+    epochs: int | None = None
 
 
 Solver = Callable[[Problem, float], Iterator[Trial]]
@@ -97,7 +98,10 @@ def run(
     best, settings, taken = chosen or (best, len(curve), time.perf_counter() - start)
     matched = next((then for then, loss in curve if loss <= target), math.inf)
     rows = slice(problem.refit_rows)
-    model = clone(problem.estimator).set_params(**best.params).fit(problem.X[rows], problem.y[rows])
+    model = clone(problem.estimator).set_params(**best.params)
+    if (last := best.epochs) is not None:
+        _watch(model, lambda epoch, _: epoch >= last)
+    model.fit(problem.X[rows], problem.y[rows])
     return Found(
         name,
         best.params,
@@ -107,7 +111,7 @@ def run(
         curve,
         path,
         matched,
-        test_loss=-get_scorer(problem.scoring)(model, problem.X_test, problem.y_test),
+        test_loss=problem.loss(get_scorer(problem.scoring)(model, problem.X_test, problem.y_test)),
         test_accuracy=model.score(problem.X_test, problem.y_test),
     )
 
@@ -127,7 +131,7 @@ def hypertune(problem: Problem, seconds: float) -> Iterator[Trial]:
     ).fit(problem.X, problem.y)
     path = {name: np.asarray(values).tolist() for name, values in search.history_.items() if np.ndim(values)}
     for params, score in zip(search.cv_results_["params"], search.cv_results_["mean_test_score"], strict=True):
-        yield Trial({name: _plain(value) for name, value in params.items()}, -float(score), path)
+        yield Trial({name: _plain(value) for name, value in params.items()}, problem.loss(score), path)
 
 
 def defaults(problem: Problem, seconds: float) -> Iterator[Trial]:
@@ -165,7 +169,7 @@ def median_pruning(problem: Problem, seconds: float) -> Iterator[Trial]:
 
 def hyperband(problem: Problem, seconds: float) -> Iterator[Trial]:
     """TPE with Optuna's Hyperband, on the first fold's validation loss after every epoch."""
-    pruner = optuna.pruners.HyperbandPruner(max_resource=_net(problem).max_epochs)
+    pruner = optuna.pruners.HyperbandPruner(max_resource=_net(problem.estimator).max_epochs)
     return _optuna(problem, optuna.samplers.TPESampler(seed=problem.seed), pruner)
 
 
@@ -177,7 +181,7 @@ def halving(problem: Problem, seconds: float) -> Iterator[Trial]:
     each = time.perf_counter() - begin
     candidates = max(3, int(3 * (seconds - each) / each))  # three rungs, each a ninth of what all candidates would cost
     drawn = [problem.current, *(space.decode(lam) for lam in space.sample(candidates, rng))]
-    most = _net(problem).max_epochs
+    most = _net(problem.estimator).max_epochs
     search = HalvingRandomSearchCV(
         problem.estimator,
         [{name: [value] for name, value in params.items()} for params in drawn],
@@ -198,15 +202,28 @@ def halving(problem: Problem, seconds: float) -> Iterator[Trial]:
     yield _trial(problem, params)
 
 
+def early_stopping(problem: Problem, seconds: float) -> Iterator[Trial]:
+    """The estimator as it is, stopped after the epoch at which its mean validation loss is lowest."""
+    yield _stopped_trial(problem, {})
+
+
 def one_weight_decay(problem: Problem, seconds: float) -> Iterator[Trial]:
     """A grid over one weight decay for all weights, refined for as long as there is time; the rest as it is."""
-    name = f"{problem.prefix}weight_decay"
-    yield _trial(problem, {})
+    return (_trial(problem, params) for params in _one_decay(problem))
+
+
+def one_decay_stopped(problem: Problem, seconds: float) -> Iterator[Trial]:
+    """The same grid, each setting with early stopping."""
+    return (_stopped_trial(problem, params) for params in _one_decay(problem))
+
+
+def _one_decay(problem: Problem) -> Iterator[dict[str, Any]]:
+    yield {}
     for number in range(1, 10**6):
         share, base, digits = 0.0, 0.5, number
         while digits:  # the van der Corput sequence: ever finer grids
             share, base, digits = share + base * (digits % 2), base / 2, digits // 2
-        yield _trial(problem, {name: float(10 ** (-6 + 7 * share))})
+        yield {f"{problem.prefix}weight_decay": float(10 ** (-6 + 7 * share))}
 
 
 SOLVERS: dict[str, Solver] = {
@@ -220,6 +237,8 @@ SOLVERS: dict[str, Solver] = {
     "hyperband": hyperband,
     "halving": halving,
     "one-wd": one_weight_decay,
+    "early-stop": early_stopping,
+    "one-wd-stop": one_decay_stopped,
 }
 
 
@@ -267,38 +286,73 @@ def _trial(problem: Problem, params: dict[str, Any]) -> Trial:
 
 def _cv_loss(problem: Problem, params: dict[str, Any]) -> float:
     model = clone(problem.estimator).set_params(**params)
-    return -float(cross_val_score(model, problem.X, problem.y, cv=problem.cv, scoring=problem.scoring).mean())
+    return problem.loss(cross_val_score(model, problem.X, problem.y, cv=problem.cv, scoring=problem.scoring).mean())
+
+
+def _stopped_trial(problem: Problem, params: dict[str, Any]) -> Trial:
+    """A setting, stopped after the epoch at which its validation loss, mean over folds, is lowest."""
+    curves: list[list[float]] = []
+    for net, train, loss in _fits(problem, params):
+        curve: list[float] = []
+        _watch(net, _recorder(loss, curve))
+        net.fit(*train)
+        curves.append(curve)
+    mean = np.mean(curves, axis=0)
+    return Trial(params, float(mean.min()), epochs=int(mean.argmin()) + 1)
+
+
+def _recorder(loss: Callable[[Any], float], curve: list[float]) -> Callable[[int, Any], None]:
+    return lambda epoch, net: curve.append(loss(net))
 
 
 def _cv_loss_by_epoch(problem: Problem, params: dict[str, Any], trial: optuna.Trial) -> float:
-    """The same; the first fold reports its validation loss after every epoch and may be pruned there."""
-    scorer, losses = get_scorer(problem.scoring), []
-    for k, (train, valid) in enumerate(problem.cv.split(problem.X, problem.y)):
-        model = clone(problem.estimator).set_params(**params)
-        X_train, X_valid = problem.X[train], problem.X[valid]
-        net = model
-        if isinstance(model, Pipeline):
-            net = model.steps[-1][1]
-            X_train = model[:-1].fit_transform(X_train, problem.y[train])
-            X_valid = model[:-1].transform(X_valid)
-        if k == 0:
-            if not hasattr(net, "set_callbacks"):
-                raise RuntimeError("Pruning by epoch goes through scikit-learn's callbacks: it needs scikit-learn 1.9.")
-            net.set_callbacks(_Report(trial, partial(_negative_score, scorer, X_valid, problem.y[valid])))
-        net.fit(X_train, problem.y[train])
-        losses.append(_negative_score(scorer, X_valid, problem.y[valid], net))
+    """The cross-validated loss; the first fold reports its validation loss after every epoch and may be pruned there."""
+    losses: list[float] = []
+    for net, train, loss in _fits(problem, params):
+        if not losses:
+
+            def report(epoch: int, model: Any, loss: Callable[[Any], float] = loss) -> None:
+                trial.report(loss(model), epoch)
+                if trial.should_prune():
+                    raise optuna.TrialPruned
+
+            _watch(net, report)
+        losses.append(loss(net.fit(*train)))
     return float(np.mean(losses))
 
 
-def _negative_score(scorer: Any, X: np.ndarray, y: np.ndarray, model: Any) -> float:
-    return -float(scorer(model, X, y))
+def _fits(
+    problem: Problem, params: dict[str, Any]
+) -> Iterator[tuple[Any, tuple[np.ndarray, np.ndarray], Callable[[Any], float]]]:
+    """Of each fold a net to fit, its training rows, and the validation loss of a fitted net."""
+    for train, valid in problem.cv.split(problem.X, problem.y):
+        model = clone(problem.estimator).set_params(**params)
+        net, X_train, X_valid, y_train = _net(model), problem.X[train], problem.X[valid], problem.y[train]
+        if isinstance(model, Pipeline):
+            X_train = model[:-1].fit_transform(X_train, y_train)
+            X_valid = model[:-1].transform(X_valid)
+        yield net, (X_train, y_train), partial(_loss, problem, X_valid, problem.y[valid])
 
 
-class _Report:
-    """A callback of scikit-learn's that reports every epoch to a trial."""
+def _loss(problem: Problem, X: np.ndarray, y: np.ndarray, model: Any) -> float:
+    return problem.loss(get_scorer(problem.scoring)(model, X, y))
 
-    def __init__(self, trial: optuna.Trial, loss: Callable[[Any], float]):
-        self.trial, self.loss = trial, loss
+
+def _watch(model: Any, see: Callable[[int, Any], bool | None]) -> None:
+    """Have ``see(epoch, net)`` called after each epoch of a fit, from 1; it stops the fit by answering True."""
+    net = _net(model)
+    if not hasattr(net, "set_callbacks"):
+        raise RuntimeError(
+            "What looks at every epoch goes through scikit-learn's callbacks: it needs scikit-learn 1.9."
+        )
+    net.set_callbacks(_Watch(see))
+
+
+class _Watch:
+    """A callback of scikit-learn's around a function."""
+
+    def __init__(self, see: Callable[[int, Any], bool | None]):
+        self.see = see
 
     def setup(self, estimator: Any, context: Any) -> None:
         """Nothing to prepare."""
@@ -309,16 +363,13 @@ class _Report:
     def on_fit_task_begin(self, estimator: Any, context: Any) -> None:
         """Nothing is known yet."""
 
-    def on_fit_task_end(self, estimator: Any, context: Any, *, fitted_estimator: Any = None) -> None:
-        """Report, and prune."""
-        if context.task_name == "epoch":
-            self.trial.report(self.loss(fitted_estimator), context.task_id + 1)
-            if self.trial.should_prune():
-                raise optuna.TrialPruned
+    def on_fit_task_end(self, estimator: Any, context: Any, *, fitted_estimator: Any = None) -> bool:
+        """Show the net after an epoch."""
+        return context.task_name == "epoch" and bool(self.see(context.task_id + 1, fitted_estimator))
 
 
-def _net(problem: Problem) -> Any:
-    return problem.estimator.steps[-1][1] if problem.prefix else problem.estimator
+def _net(model: Any) -> Any:
+    return model.steps[-1][1] if isinstance(model, Pipeline) else model
 
 
 def _plain(value: Any) -> Any:

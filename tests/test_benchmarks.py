@@ -9,6 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
+from sklearn.base import clone
+from sklearn.metrics import log_loss
+from sklearn.preprocessing import StandardScaler
 
 from benchmarks import mnist
 from benchmarks.__main__ import NAMES, main
@@ -89,20 +92,25 @@ def test_the_arena_runs_every_solver_resumes_and_sums_up(tmp_path: Path, capsys,
 
     monkeypatch.setitem(problems.ARENA, "small", small)
     pruning = (
-        ("median", "hyperband") if not hasattr(TorchClassifier, "set_callbacks") else ()
+        ("median", "hyperband", "early-stop", "one-wd-stop") if not hasattr(TorchClassifier, "set_callbacks") else ()
     )  # scikit-learn before 1.9
     names = [name for name in solvers.SOLVERS if name not in pruning]
     rows = arena.fight(["small"], names, 2, tmp_path)
     assert [row["solver"] for row in rows] == ["defaults", "hypertune", *names[2:]] * 2
     assert all(np.isfinite(row["test_loss"]) and row["n"] == 11 for row in rows)
     for seed in (0, 1):
-        ours, *others = (row for row in rows if row["seed"] == seed and row["solver"] != "defaults")
+        one_setting = ("defaults", "early-stop")
+        ours, *others = (row for row in rows if row["seed"] == seed and row["solver"] not in one_setting)
         for other in others:
             assert other["seconds"] >= ours["seconds"]
             end, target = other["curve"][-1][1], round(ours["cv_loss"], 5)  # the curve is rounded
             assert end <= target if other["matched"] < np.inf else end >= target
     shown = capsys.readouterr().out
     assert all(name in shown for name in names)
+    by_accuracy = arena.fight(["small"], ["random", "halving"], 1, tmp_path, scoring="accuracy")
+    for row in by_accuracy:
+        assert row["test_loss"] == pytest.approx(1 - row["test_accuracy"])
+        assert 0 <= row["cv_loss"] < 0.5
     monkeypatch.setattr(solvers, "run", None)  # nothing is run again
     assert len(arena.fight(["small"], names, 2, tmp_path)) == len(rows)
 
@@ -127,6 +135,25 @@ def test_the_summary_counts_ranks_wins_and_matches():
     assert "(50% did)" in lines["tpe"]
     assert "1.17" in lines["hypertune"]  # first in five cells of six, second in one
     assert "0.1010 ± 0.0006*" in lines["a"]
+
+
+@pytest.mark.skipif(not hasattr(TorchClassifier, "set_callbacks"), reason="scikit-learn before 1.9")
+def test_early_stopping_is_chosen_on_validation_rows_and_the_last_fit_is_stopped_there():
+    from benchmarks import problems, solvers
+
+    problem = problems.table("small", 0, "breast_cancer", "decay")
+    problem = replace(problem, estimator=problem.estimator.set_params(torchclassifier__max_epochs=30))
+    (trial,) = solvers.early_stopping(problem, 1.0)
+    assert 1 < trial.epochs < 30
+    whole, stopped = solvers.run("defaults", problem), solvers.run("early-stop", problem)
+    assert stopped.cv_loss == trial.loss < whole.cv_loss
+    X, X_test = (StandardScaler().fit(problem.X).transform(Z) for Z in (problem.X, problem.X_test))
+    net = clone(problem.estimator.steps[-1][1])
+    losses = []
+    solvers._watch(net, lambda _, model: losses.append(log_loss(problem.y_test, model.predict_proba(X_test))))
+    net.fit(X, problem.y)
+    assert stopped.test_loss == pytest.approx(losses[trial.epochs - 1], rel=1e-5)
+    assert whole.test_loss == pytest.approx(losses[-1], rel=1e-5)
 
 
 @pytest.mark.slow
