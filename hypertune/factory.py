@@ -31,6 +31,8 @@ import joblib
 from sklearn.base import BaseEstimator, clone
 from torch import nn
 
+from hypertune.modules import refuse_modules
+
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
     "gelu": nn.GELU,
@@ -202,6 +204,37 @@ def check_call(who: str, how: str, function: Callable[..., Any], *args: Any, **k
         raise TypeError(f"{who} is called with {how}, which it does not take: {error}.") from error
     except ValueError:  # it has no signature to look at
         pass
+
+
+def build(factory: Any, n_features_in: Any, n_outputs: int) -> nn.Module:
+    """A fresh module of a factory's, and a copy: what the factory returns may be the user's, and the same every time.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is no factory, or makes no module that can be trained and copied.
+    """
+    if isinstance(factory, nn.Module):
+        raise TypeError(
+            f"module={factory!r}: expected a factory (n_features_in, n_outputs) -> nn.Module, such as MLP() or model_factory(function); "
+            "a built module cannot be trained afresh for every fold."
+        )
+    who, called = f"The factory {factory!r}", f"(n_features_in, n_outputs), here ({n_features_in}, {n_outputs})"
+    check_call(who, called, factory, n_features_in, n_outputs)
+    module = factory(n_features_in, n_outputs)
+    if not isinstance(module, nn.Module):
+        hint = f" Give a factory, {factory.__name__}()." if inspect.isclass(factory) and callable(module) else ""
+        raise TypeError(f"{who} returned {type(module).__name__}, not a torch.nn.Module.{hint}")
+    refuse_modules(module)
+    if not any(p.requires_grad for p in module.parameters()):
+        raise ValueError(f"{who} returned a module without trainable parameters.")
+    try:
+        return copy.deepcopy(module)
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        raise ValueError(
+            f"{who} returned a module that cannot be copied ({error}). Of torch's weight_norm and spectral_norm those in "
+            "torch.nn.utils.parametrizations can."
+        ) from error
 
 
 def _name(function: Callable[..., Any]) -> str:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,34 +13,35 @@ from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any, ClassVar, Protocol, Self
 
-import joblib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.sparse import issparse
 from sklearn.base import BaseEstimator, ClassifierMixin, clone
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from torch import Tensor, nn
 
+from hypertune.arrays import (
+    check_device,
+    check_noise,
+    check_strengths,
+    contiguous,
+    dense,
+    find_columns,
+    find_noisy,
+    fingerprint,
+    with_weight,
+)
 from hypertune.batches import Minibatches, Rows
 from hypertune.callbacks import CallbackSupportMixin, fit_task, with_callbacks
-from hypertune.factory import MLP, check_call, keywords_of, with_keywords
+from hypertune.factory import MLP, build, check_call, keywords_of, with_keywords
 from hypertune.losses import Loss, as_loss
-from hypertune.modules import Reach, is_zero, refuse_modules
+from hypertune.modules import Reach, is_zero
 from hypertune.objective import LOSS_HYPERPARAMETERS, NO_NOISE, Objective
+from hypertune.optimizers import LR_SCHEDULES, OPTIMIZERS, make_optimizer
 from hypertune.randomness import draw_seed, isolated, rng_state, set_rng_state
 from hypertune.stacked import arguments
 
-_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adam": lambda params, lr: torch.optim.Adam(params, lr=lr, fused=True),
-    "sgd": lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9, fused=True),
-}
-_LR_SCHEDULES: dict[str, Callable[[float], float]] = {
-    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
-    "constant": lambda progress: 1.0,
-}
-_MOST_DENSE = 2**28  # values of a sparse X
 _OWNERS = ("module", "penalty", "augment")  # parameters whose own keywords are parameters
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _PREDICT_ROWS = 4096
@@ -145,9 +145,9 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
         "augment": [None, callable],
         "inputs": [None, Mapping],
         "sample_weight": [None, "array-like"],
-        "optimizer": [StrOptions(set(_OPTIMIZERS)), callable],
+        "optimizer": [StrOptions(set(OPTIMIZERS)), callable],
         "lr": [Interval(Real, 0, None, closed="neither")],
-        "lr_schedule": [StrOptions(set(_LR_SCHEDULES)), callable],
+        "lr_schedule": [StrOptions(set(LR_SCHEDULES)), callable],
         "batch_size": [Interval(Integral, 1, None, closed="left")],
         "max_epochs": [Interval(Integral, 1, None, closed="left")],
         "device": [str, torch.device],
@@ -283,12 +283,18 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
         The classes are those of ``all_y`` where given: folds that are trained together need the same outputs.
         """
         self._validate_params()
-        self._check_device()
+        check_device(self.device)
         X, y = self._validated(X, y)
         self._row_shape = X.shape[1:]
-        self._columns = self._find_columns()
-        self._noisy = self._find_noisy(X)
-        self._check_arrays()
+        self._columns = find_columns(self.inputs, self._row_shape, getattr(self, "feature_names_in_", ()), self.device)
+        noisy = find_noisy(X, self._columns)
+        for name in ("input_noise", "mixup") if not noisy.any() else ():
+            if not is_zero(getattr(self, name)):
+                raise ValueError(f"{name} {NO_NOISE}")
+        self._noisy = None if noisy.all() else self._tensor(noisy)
+        for name in ("weight_decay", "l1"):
+            check_strengths(name, getattr(self, name))
+        check_noise(self.input_noise, self._row_shape)
         weight = None
         if sample_weight is not None:
             sample_weight = _check_sample_weight(sample_weight, X, ensure_non_negative=True)
@@ -296,7 +302,7 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
             own = self._own_sample_weight(X, y)
             sample_weight = own if sample_weight is None else own * sample_weight
         if sample_weight is not None:
-            X, y, sample_weight = _with_weight(X, y, sample_weight)
+            X, y, sample_weight = with_weight(X, y, sample_weight)
             weight = self._tensor(sample_weight)
         self._learn_targets(y, sample_weight, y if all_y is None else all_y)
         return Rows(self._tensor(X), self._encode_targets(y), weight)
@@ -306,7 +312,7 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
         X, y = self._validated(X, y, reset=False)
         weight = None
         if sample_weight is not None:
-            X, y, sample_weight = _with_weight(X, y, _check_sample_weight(sample_weight, X, ensure_non_negative=True))
+            X, y, sample_weight = with_weight(X, y, _check_sample_weight(sample_weight, X, ensure_non_negative=True))
             weight = self._tensor(sample_weight)
         return Rows(self._tensor(X), self._encode_targets(y), weight)
 
@@ -325,7 +331,7 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
 
     def _validated(self, X: Any, y: Any, reset: bool = True) -> tuple[np.ndarray, np.ndarray]:
         X, y = validate_data(self, X, y, accept_sparse="csr", reset=reset, **self._checks)
-        return _dense(X), y
+        return dense(X), y
 
     def _own_sample_weight(self, X: np.ndarray, y: np.ndarray) -> np.ndarray:
         """The parameter ``sample_weight`` for these rows: all of them, or those of a fold that a search knows."""
@@ -340,98 +346,12 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
             )
         return _check_sample_weight(weight, X, ensure_non_negative=True)
 
-    def _find_columns(self) -> dict[str, Tensor] | None:
-        """``inputs`` as numbers of columns."""
-        if self.inputs is None:
-            return None
-        if len(self._row_shape) != 1 or not self.inputs:
-            raise ValueError(f"inputs={self.inputs!r} needs X with columns, and a name for at least one group of them.")
-        names = list(getattr(self, "feature_names_in_", ()))
-        found = {}
-        for argument, columns in self.inputs.items():
-            if isinstance(columns, (str, Integral)):
-                raise ValueError(
-                    f"inputs[{argument!r}] must be a list of columns, got {columns!r}; write [{columns!r}]."
-                )
-            numbers = [names.index(column) if column in names else column for column in columns]
-            for column in numbers:
-                if not isinstance(column, (int, np.integer)) or not 0 <= column < self._row_shape[0]:
-                    known = names or f"numbers from 0 to {self._row_shape[0] - 1}"
-                    raise ValueError(f"inputs[{argument!r}]: X has no column {column!r}; it has {known}.")
-            found[argument] = torch.tensor(numbers, dtype=torch.long, device=self.device)
-        return found
-
-    def _find_noisy(self, X: np.ndarray) -> Tensor | None:
-        """Which columns noise and mixup may touch, as ones and zeros: not those of an input that holds whole numbers only (codes)."""
-        noisy = np.ones(self._row_shape)
-        for columns in (self._columns or {}).values():
-            numbers = columns.cpu().numpy()
-            own = X[:, numbers].astype(float)
-            noisy[numbers] *= not (own == np.round(own)).all()
-        for name in ("input_noise", "mixup"):
-            if not noisy.any() and not is_zero(getattr(self, name)):
-                raise ValueError(f"{name} {NO_NOISE}")
-        return None if noisy.all() else self._tensor(noisy)
-
-    def _check_device(self) -> None:
-        try:
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-            here = "cpu" if accelerator is None else f"cpu and {accelerator.type}"
-            raise ValueError(
-                f"device={str(self.device)!r} is not to be had ({str(error).splitlines()[0]}). Here there is {here}."
-            ) from error
-
-    def _check_arrays(self) -> None:
-        """Refuse negative strengths, and noise that is not one number for each feature."""
-        for name in ("weight_decay", "l1"):
-            value = getattr(self, name)
-            for key, strength in value.items() if isinstance(value, Mapping) else ():
-                if not np.all(np.asarray(strength, dtype=float) >= 0):
-                    raise ValueError(f"{name}[{key!r}] must be zero or positive, got {strength!r}.")
-        if np.ndim(self.input_noise):
-            noise = np.asarray(self.input_noise, dtype=float)
-            if noise.shape != self._row_shape or not (noise >= 0).all():
-                raise ValueError(
-                    f"input_noise must be a number or one number for each feature, shape {self._row_shape}, zero or positive; "
-                    f"got {self.input_noise!r}."
-                )
-
     def _build_module(self) -> nn.Module:
         """A fresh module from the factory, on the device; raises TypeError if the factory makes no module."""
-        factory: Any = MLP() if self.module is None else self.module
-        if isinstance(factory, nn.Module):
-            raise TypeError(
-                f"{type(self).__name__}(module={self.module!r}): expected a factory (n_features_in, n_outputs) -> nn.Module, "
-                "such as MLP() or model_factory(function); a built module cannot be trained afresh for every fold."
-            )
         n_features_in: Any = self._row_shape[0] if len(self._row_shape) == 1 else self._row_shape
         if self._columns is not None:
             n_features_in = {name: len(columns) for name, columns in self._columns.items()}
-        called = f"(n_features_in, n_outputs), here ({n_features_in}, {self.n_outputs_})"
-        check_call(f"The factory {self.module!r}", called, factory, n_features_in, self.n_outputs_)
-        module = factory(n_features_in, self.n_outputs_)
-        if not isinstance(module, nn.Module):
-            hint = (
-                f" Give a factory, {self.module.__name__}()."
-                if inspect.isclass(self.module) and callable(module)
-                else ""
-            )
-            raise TypeError(
-                f"The factory {self.module!r} returned {type(module).__name__}, not a torch.nn.Module.{hint}"
-            )
-        refuse_modules(module)
-        if not any(p.requires_grad for p in module.parameters()):
-            raise ValueError(f"The factory {self.module!r} returned a module without trainable parameters.")
-        # A copy: what the factory returns may be the user's, and the same every time.
-        try:
-            module = copy.deepcopy(module)
-        except (RuntimeError, TypeError, NotImplementedError) as error:
-            raise ValueError(
-                f"The factory {self.module!r} returned a module that cannot be copied ({error}). Of torch's weight_norm and spectral_norm "
-                "those in torch.nn.utils.parametrizations can."
-            ) from error
+        module = build(MLP() if self.module is None else self.module, n_features_in, self.n_outputs_)
         return module.to(device=self.device, dtype=_DTYPES[self.dtype])
 
     def _make_objective(
@@ -458,21 +378,7 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
         self, params: list[nn.Parameter], steps: int
     ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
         """The estimator's optimizer and its schedule over a run of so many steps."""
-        make = _OPTIMIZERS[self.optimizer] if isinstance(self.optimizer, str) else self.optimizer
-        check_call(f"optimizer {self.optimizer!r}", "(params, lr=...)", make, params, lr=self.lr)
-        optimizer = make(params, lr=self.lr)
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizer {self.optimizer!r} returned {optimizer!r}, and not a torch optimizer.")
-        check_call(f"The step of optimizer {self.optimizer!r}", "no closure", type(optimizer).step, optimizer)
-        schedule = _LR_SCHEDULES[self.lr_schedule] if isinstance(self.lr_schedule, str) else self.lr_schedule
-        check_call(f"lr_schedule {self.lr_schedule!r}", "(share)", schedule, 0.0)
-        peak = max(float(schedule(i / 20)) for i in range(21))
-        if not 0.5 <= peak <= 2:
-            raise ValueError(
-                f"lr_schedule={self.lr_schedule!r} multiplies lr={self.lr:g} by at most {peak:g}. Let its largest factor be 1, "
-                "and lr the largest rate."
-            )
-        return optimizer, scheduled(optimizer, schedule, steps)
+        return make_optimizer(self.optimizer, self.lr_schedule, params, self.lr, steps)
 
     def _check_outputs(self, objective: Objective, x: Tensor) -> None:
         noise = rng_state(x.device)
@@ -524,13 +430,7 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         """A private copy as a tensor of the estimator's dtype on its device."""
-        with np.errstate(over="ignore"):
-            contiguous = np.array(array, dtype=np.dtype(self.dtype), order="C")
-        if array.dtype != contiguous.dtype and not np.isfinite(contiguous).all():
-            raise ValueError(
-                f"The data contain a value too large for {self.dtype}. Scale them, or set dtype='float64'."
-            )
-        return torch.from_numpy(contiguous).to(self.device)
+        return torch.from_numpy(contiguous(array, self.dtype)).to(self.device)
 
     def _outputs(self, X: Any) -> np.ndarray:
         """Raw outputs of the fitted module, (n_samples, n_outputs)."""
@@ -539,7 +439,7 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
         with torch.no_grad():
             parts = []
             for i in range(0, X.shape[0], _PREDICT_ROWS):
-                x = self._tensor(_dense(X[i : i + _PREDICT_ROWS]))
+                x = self._tensor(dense(X[i : i + _PREDICT_ROWS]))
                 if x.dim() == 2:  # a net of a search's fold may be wider than its rows
                     x = F.pad(x, (0, self._row_shape[0] - x.shape[1]))
                 args, kwargs = arguments(x, self._columns)
@@ -551,35 +451,3 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
 
     def _encode_targets(self, y: np.ndarray) -> Tensor:
         raise NotImplementedError
-
-
-def _dense(X: Any) -> np.ndarray:
-    """A sparse matrix as an array, if it is not too large for that."""
-    if not issparse(X):
-        return X
-    if math.prod(X.shape) > _MOST_DENSE:
-        raise ValueError(
-            f"X is sparse, and dense it would have {X.shape[0]:,} × {X.shape[1]:,} values; a torch module needs them all. Make fewer "
-            "features of it first: TruncatedSVD, SelectKBest, max_features=... of a vectorizer."
-        )
-    return X.toarray()
-
-
-def _with_weight(X: np.ndarray, y: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The rows whose weight is not zero."""
-    kept = weight > 0
-    if not kept.any():
-        raise ValueError("sample_weight is zero for every row.")
-    return X[kept], y[kept], weight[kept]
-
-
-def fingerprint(*arrays: Any) -> str:
-    """The same for the same arrays or tensors, in any process."""
-    return joblib.hash([a.cpu().numpy() if isinstance(a, Tensor) else a for a in arrays])
-
-
-def scheduled(
-    optimizer: torch.optim.Optimizer, schedule: Callable[[float], float], steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
-    """Multiply the learning rate by ``schedule(progress)``, progress from 0 to 1 over so many steps."""
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(min(step / steps, 1.0)))

@@ -16,10 +16,11 @@ from scipy.stats import t as student_t
 from sklearn.pipeline import Pipeline
 from torch import Tensor, nn
 
+from hypertune.arrays import fingerprint
 from hypertune.batches import Batch, Rows
 from hypertune.hypernetworks import Hypernetwork
 from hypertune.losses import output_scale
-from hypertune.net import Net, fingerprint, gradients
+from hypertune.net import Net, gradients
 from hypertune.objective import Objective
 from hypertune.randomness import isolated
 from hypertune.space import Space, Value

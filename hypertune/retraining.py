@@ -17,8 +17,9 @@ import torch
 from sklearn.base import clone
 from torch import Tensor, nn
 
+from hypertune.arrays import fingerprint
 from hypertune.batches import Batch, Minibatches, Rows
-from hypertune.net import TorchEstimator, fingerprint
+from hypertune.net import TorchEstimator
 from hypertune.objective import Objective
 from hypertune.randomness import draw_seed, isolated, rng_state, seed_torch, set_rng_state
 from hypertune.response import Fold, full_losses

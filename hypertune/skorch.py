@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from hypertune.batches import Rows
 from hypertune.losses import CustomLoss, cross_entropy
 from hypertune.modules import Reach
-from hypertune.net import scheduled
 from hypertune.objective import Objective
+from hypertune.optimizers import scheduled
 from hypertune.randomness import isolated
 
 _OWN_LOSSES = {cls.get_loss for cls in (NeuralNet, NeuralNetClassifier, NeuralNetBinaryClassifier)}

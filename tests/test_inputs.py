@@ -121,7 +121,7 @@ def test_sparse_X_is_made_dense_unless_that_is_too_large(iris, monkeypatch):
     found, reference = tune(NET, sparse.csr_matrix(X), y), tune(NET, X, y)
     assert found.best_params_ == reference.best_params_
     assert_allclose(found.predict_proba(sparse.coo_array(X)), reference.predict_proba(X))
-    monkeypatch.setattr("hypertune.net._MOST_DENSE", X.size // 2 - 1)
+    monkeypatch.setattr("hypertune.arrays._MOST_DENSE", X.size // 2 - 1)
     with pytest.raises(ValueError, match=r"dense it would have 75 × 4 values.*TruncatedSVD"):
         NET.__sklearn_clone__().fit(sparse.csr_matrix(X[:75]), y[:75])
 
