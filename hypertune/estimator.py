@@ -18,12 +18,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from scipy.sparse import issparse
 from sklearn.base import ClassifierMixin, RegressorMixin
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.multiclass import check_classification_targets
 from torch import Tensor
 
-from hypertune.losses import CLASSIFICATION_LOSSES, LOGARITHMIC, REGRESSION_LOSSES
+from hypertune.losses import CLASSIFICATION_LOSSES, LOGARITHMIC, MULTILABEL_LOSSES, REGRESSION_LOSSES, Loss
 from hypertune.net import TorchEstimator
 from hypertune.objective import LOSS_HYPERPARAMETERS
 
@@ -33,14 +35,17 @@ _MOST_LOG = 300.0  # of a predicted mean: neither zero nor infinite
 class TorchClassifier(ClassifierMixin, TorchEstimator):
     """A torch classifier with scikit-learn's manners, trained from scratch by minibatches.
 
+    Targets are one class for each row, or (multilabel) a column of zeros and ones for each label.
+
     Parameters
     ----------
     module : callable, default=None
-        Model factory ``(n_features_in, n_outputs) -> nn.Module`` with one output (logit) per class. None means
+        Model factory ``(n_features_in, n_outputs) -> nn.Module`` with one output (logit) per class or label. None means
         :class:`MLP` with its defaults. For input of more than two dimensions, n_features_in is the shape of one row.
     criterion : {"cross_entropy", "squared_error"} or callable, default="cross_entropy"
-        Loss, mean over rows. "squared_error" is against one-hot targets, mean over classes. A callable or a loss class
-        such as ``torch.nn.CrossEntropyLoss`` gets logits (B, C) and class numbers (B,).
+        Loss, mean over rows. "squared_error" is against one-hot targets, mean over classes. Of labels both are means over them,
+        "cross_entropy" the binary one. A callable or a loss class such as ``torch.nn.CrossEntropyLoss`` gets logits (B, C) and class
+        numbers (B,), or zeros and ones (B, labels).
     weight_decay : float or dict, default=0.0
         Adds ½ · weight_decay · ‖w‖² to the training loss, over weights of two or more dimensions. A dict goes from names of
         the module's parameters to numbers, or to arrays that broadcast to the parameter; those left out are free.
@@ -49,7 +54,7 @@ class TorchClassifier(ClassifierMixin, TorchEstimator):
     input_noise : float or array-like of shape (n_features,), default=0.0
         Standard deviation of Gaussian noise added to the inputs in training.
     label_smoothing : float, default=0.0
-        Probability mass of the target that is spread evenly over the classes, in [0, 1].
+        Probability mass of the target that is spread evenly over the classes (of each label, over yes and no), in [0, 1].
     mixup : float, default=0.0
         Strength of mixup (Zhang et al. 2018), in [0, 1]: in each minibatch, rows and their losses are mixed with those of other
         rows, whose share is uniform between 0 and mixup/2.
@@ -89,7 +94,7 @@ class TorchClassifier(ClassifierMixin, TorchEstimator):
     Attributes
     ----------
     classes_ : ndarray of shape (n_classes,)
-        Class labels.
+        Class labels; with several labels their numbers.
     module_ : nn.Module
         The trained module, in eval mode.
     loss_curve_ : list of float
@@ -97,7 +102,7 @@ class TorchClassifier(ClassifierMixin, TorchEstimator):
     n_iter_ : int
         Epochs trained.
     n_outputs_ : int
-        Width of the module's output: the number of classes.
+        Width of the module's output: the number of classes, or of labels.
     n_features_in_ : int
         Number of features seen during fit.
     feature_names_in_ : ndarray of shape (n_features_in_,)
@@ -109,8 +114,7 @@ class TorchClassifier(ClassifierMixin, TorchEstimator):
         "criterion": [StrOptions(set(CLASSIFICATION_LOSSES)), callable],
         "label_smoothing": [Interval(Real, *LOSS_HYPERPARAMETERS["label_smoothing"], closed="both")],
     }
-    _losses = CLASSIFICATION_LOSSES
-    _checks: Mapping[str, Any] = {"allow_nd": True}
+    _multilabel = False
 
     def __init__(
         self,
@@ -157,8 +161,29 @@ class TorchClassifier(ClassifierMixin, TorchEstimator):
         self.random_state = random_state
         self.verbose = verbose
 
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.classifier_tags.multi_label = True
+        return tags
+
+    @property
+    def _losses(self) -> Mapping[str, Loss]:  # type: ignore[override]
+        return MULTILABEL_LOSSES if self._multilabel else CLASSIFICATION_LOSSES
+
+    @property
+    def _one_output(self) -> str:  # type: ignore[override]
+        return "label" if self._multilabel else "class"
+
+    def _checks(self, y: Any) -> dict[str, Any]:
+        shape = y.shape if hasattr(y, "shape") else np.asarray(y).shape
+        return {"multi_output": len(shape) == 2 and shape[1] > 1}
+
     def _learn_targets(self, y: np.ndarray, sample_weight: np.ndarray | None, all_y: Any) -> None:
         check_classification_targets(y)
+        self._multilabel = y.ndim == 2
+        if self._multilabel:
+            self._learn_labels(y)
+            return
         self.classes_ = np.unique(all_y)
         self.n_outputs_ = len(self.classes_)
         if self.n_outputs_ < 2:
@@ -168,29 +193,44 @@ class TorchClassifier(ClassifierMixin, TorchEstimator):
                 f"{self.classes_[0]!r}."
             )
 
+    def _learn_labels(self, y: np.ndarray) -> None:
+        if issparse(y) or not np.isin(y, (0, 1)).all():
+            raise ValueError(
+                f"y of shape {y.shape} must hold a column of zeros and ones for each label, as a dense array. For several columns of classes "
+                f"put sklearn.multioutput.MultiOutputClassifier around {type(self).__name__} or around the search."
+            )
+        self.n_outputs_, self._label_dtype = y.shape[1], y.dtype
+        self.classes_ = np.arange(self.n_outputs_)
+
     def _encode_targets(self, y: np.ndarray) -> Tensor:
+        if self._multilabel:
+            return self._tensor(y)
         codes = np.searchsorted(self.classes_, y).clip(0, len(self.classes_) - 1)
         if (unseen := self.classes_[codes] != y).any():
             raise ValueError(f"y holds the classes {np.unique(y[unseen])}, which the training rows do not.")
         return torch.from_numpy(codes.astype(np.int64)).to(self.device)
 
     def predict_log_proba(self, X: Any) -> np.ndarray:
-        """Log of the class probabilities, (n_samples, n_classes)."""
+        """Log of the probabilities of classes or labels, (n_samples, n_classes)."""
         outputs = torch.from_numpy(self._outputs(X))
         if self.criterion == "squared_error":  # the outputs are probabilities already, up to their error
-            outputs = outputs.clamp(min=1e-7).log()
-        return torch.log_softmax(outputs, dim=1).numpy()
+            outputs = outputs.clamp(1e-7, 1.0 if self._multilabel else None).log()
+            if self._multilabel:
+                return outputs.numpy()
+        return (F.logsigmoid(outputs) if self._multilabel else torch.log_softmax(outputs, dim=1)).numpy()
 
     def predict_proba(self, X: Any) -> np.ndarray:
-        """Class probabilities, (n_samples, n_classes): the softmax of the module's outputs.
+        """Class probabilities, (n_samples, n_classes): the softmax of the module's outputs; of labels, each the sigmoid of its own.
 
-        Under ``criterion="squared_error"`` the outputs themselves, clipped at zero and normalised.
+        Under ``criterion="squared_error"`` the outputs themselves, clipped at zero and normalised (of labels, clipped at zero and one).
         """
         return np.exp(self.predict_log_proba(X))
 
     def predict(self, X: Any) -> np.ndarray:
-        """Most probable class of each row, (n_samples,)."""
+        """Most probable class of each row, (n_samples,); or zeros and ones, (n_samples, n_labels)."""
         outputs = self._outputs(X)
+        if self._multilabel:
+            return (outputs > (0.5 if self.criterion == "squared_error" else 0.0)).astype(self._label_dtype)
         return self.classes_[outputs.argmax(axis=1)]
 
 
@@ -255,7 +295,6 @@ class TorchRegressor(RegressorMixin, TorchEstimator):
         "criterion": [StrOptions(set(REGRESSION_LOSSES)), callable],
     }
     _losses = REGRESSION_LOSSES
-    _checks: Mapping[str, Any] = {"allow_nd": True, "multi_output": True, "y_numeric": True}
 
     def __init__(
         self,
@@ -305,6 +344,9 @@ class TorchRegressor(RegressorMixin, TorchEstimator):
         tags.target_tags.single_output = True
         tags.target_tags.multi_output = True
         return tags
+
+    def _checks(self, y: Any) -> dict[str, Any]:
+        return {"multi_output": True, "y_numeric": True}
 
     def _learn_targets(self, y: np.ndarray, sample_weight: np.ndarray | None, all_y: Any) -> None:
         y = np.asarray(y, dtype=np.float64)

@@ -34,11 +34,25 @@ def cross_entropy(outputs: Tensor, y: Tensor, smoothing: Value = 0.0) -> Tensor:
 def one_hot_squared_error(outputs: Tensor, y: Tensor, smoothing: Value = 0.0) -> Tensor:
     """Squared error against one-hot targets, mean over the C outputs; (..., B, C), (..., B) → (..., B)."""
     classes = outputs.shape[-1]
-    target = F.one_hot(y, classes).to(outputs.dtype)
-    if not is_zero(smoothing):
-        smoothing = smoothing[..., None] if isinstance(smoothing, Tensor) else smoothing
-        target = (1 - smoothing) * target + smoothing / classes
-    return (outputs - target).square().mean(dim=-1)
+    return squared_error(outputs, _smoothed(F.one_hot(y, classes).to(outputs.dtype), smoothing, classes))
+
+
+def binary_cross_entropy(outputs: Tensor, y: Tensor, smoothing: Value = 0.0) -> Tensor:
+    """Cross-entropy of labels that are there or not, in nats, mean over them; logits (..., B, labels), zeros and ones y → (..., B)."""
+    return F.binary_cross_entropy_with_logits(outputs, _smoothed(y, smoothing, 2), reduction="none").mean(dim=-1)
+
+
+def labels_squared_error(outputs: Tensor, y: Tensor, smoothing: Value = 0.0) -> Tensor:
+    """Squared error against labels, zeros and ones, mean over them; (..., B, labels) twice → (..., B)."""
+    return squared_error(outputs, _smoothed(y, smoothing, 2))
+
+
+def _smoothed(target: Tensor, smoothing: Value, classes: int) -> Tensor:
+    """Targets of which a part is spread evenly over the classes; smoothing a number, or (..., 1) for targets (..., B, outputs)."""
+    if is_zero(smoothing):
+        return target
+    smoothing = smoothing[..., None] if isinstance(smoothing, Tensor) else smoothing
+    return (1 - smoothing) * target + smoothing / classes
 
 
 def squared_error(outputs: Tensor, y: Tensor, smoothing: Value = 0.0) -> Tensor:
@@ -65,6 +79,10 @@ CLASSIFICATION_LOSSES: dict[str, Loss] = {
     "cross_entropy": cross_entropy,
     "squared_error": one_hot_squared_error,
 }
+MULTILABEL_LOSSES: dict[str, Loss] = {
+    "cross_entropy": binary_cross_entropy,
+    "squared_error": labels_squared_error,
+}
 REGRESSION_LOSSES: dict[str, Loss] = {
     "squared_error": squared_error,
     "absolute_error": absolute_error,
@@ -77,8 +95,8 @@ LOGARITHMIC = {"poisson": True, "gamma": False}
 
 def output_scale(loss: Loss, y: Tensor) -> float:
     """What a module's outputs are on the scale of: logits and logarithms, or targets y."""
-    logarithms = not y.is_floating_point() or loss in [REGRESSION_LOSSES[name] for name in LOGARITHMIC]
-    return 1.0 if logarithms else float(y.std())
+    logarithms = [binary_cross_entropy, *(REGRESSION_LOSSES[name] for name in LOGARITHMIC)]
+    return 1.0 if not y.is_floating_point() or loss in logarithms else float(y.std())
 
 
 def nats_per_unit(loss: Loss, value: Tensor, outputs: int) -> Tensor:
@@ -86,10 +104,12 @@ def nats_per_unit(loss: Loss, value: Tensor, outputs: int) -> Tensor:
 
     Squared errors are those of Gaussian noise, absolute ones of Laplace noise, each of its most likely scale (d/2 · log of the
     mean square, d · log of the mean absolute value; their slopes), and deviances are quasi-likelihoods of their most likely dispersion;
-    any other loss is taken to be in nats.
+    a mean over labels is in nats for each of them, and any other loss is taken to be in nats.
     """
-    if loss in (squared_error, one_hot_squared_error, poisson_deviance, gamma_deviance):
+    if loss in (squared_error, one_hot_squared_error, labels_squared_error, poisson_deviance, gamma_deviance):
         return outputs / (2 * value)
+    if loss is binary_cross_entropy:
+        return torch.full_like(value, outputs)
     return outputs / value if loss is absolute_error else torch.ones_like(value)
 
 

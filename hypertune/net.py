@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Protocol, Self
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.base import BaseEstimator, ClassifierMixin, clone
+from sklearn.base import BaseEstimator, clone
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from torch import Tensor, nn
@@ -156,7 +156,7 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
         "verbose": ["verbose"],
     }
     _losses: Mapping[str, Loss]
-    _checks: Mapping[str, Any]
+    _one_output = "output"  # what a column of outputs stands for
     _row_shape: tuple[int, ...]
     loss_names: ClassVar[Mapping[str, str]] = {name: name for name in LOSS_HYPERPARAMETERS}
     # What a search puts on the estimator that it clones: where weights for its folds' rows may be known already (candidates
@@ -330,7 +330,7 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
             )
 
     def _validated(self, X: Any, y: Any, reset: bool = True) -> tuple[np.ndarray, np.ndarray]:
-        X, y = validate_data(self, X, y, accept_sparse="csr", reset=reset, **self._checks)
+        X, y = validate_data(self, X, y, accept_sparse="csr", allow_nd=True, reset=reset, **self._checks(y))
         return dense(X), y
 
     def _own_sample_weight(self, X: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -391,7 +391,7 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
         if outputs.shape != (len(x), self.n_outputs_):
             raise ValueError(
                 f"The module of {self.module!r} maps {len(x)} rows to shape {tuple(outputs.shape)}; expected "
-                f"({len(x)}, {self.n_outputs_}): one column per {'class' if isinstance(self, ClassifierMixin) else 'output'}."
+                f"({len(x)}, {self.n_outputs_}): one column per {self._one_output}."
             )
         set_rng_state(noise, x.device)
         ones = torch.ones(len(x)).to(outputs)
@@ -445,6 +445,10 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
                 args, kwargs = arguments(x, self._columns)
                 parts.append(self.module_(*args, **kwargs))
         return torch.cat(parts).cpu().double().numpy()
+
+    def _checks(self, y: Any) -> dict[str, Any]:
+        """What scikit-learn's validation is told of these targets."""
+        raise NotImplementedError
 
     def _learn_targets(self, y: np.ndarray, sample_weight: np.ndarray | None, all_y: Any) -> None:
         raise NotImplementedError
