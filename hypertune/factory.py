@@ -196,6 +196,13 @@ def with_keywords(name: str, function: Any, keywords: dict[str, Any]) -> Any:
     return functools.partial(function, **keywords)
 
 
+def numbers_in(function: Any) -> dict[str, float]:
+    """What an object that is called like a function keeps as numbers: a count of its calls, say."""
+    if isinstance(function, functools.partial):
+        return numbers_in(function.func)
+    return {k: v for k, v in getattr(function, "__dict__", {}).items() if isinstance(v, (int, float))}
+
+
 def check_call(who: str, how: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
     """Raise TypeError, saying how it is called, if a user's function does not take these arguments."""
     try:

@@ -5,6 +5,7 @@ folds = make_folds(estimator, X, y, cv.split(X, y), {"sample_weight": weight}, w
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from sklearn import get_config
 from sklearn.base import clone
 from sklearn.compose import TransformedTargetRegressor
+from sklearn.exceptions import NotFittedError
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils.metadata_routing import process_routing
@@ -39,6 +41,13 @@ def net_of(estimator: Any) -> Net:
         raise TypeError(
             "TransformedTargetRegressor hides the net from HyperTrainingSearchCV: put it around the search instead, "
             "TransformedTargetRegressor(HyperTrainingSearchCV(...), ...)."
+        )
+    if isinstance(last, Pipeline):
+        raise TypeError("A Pipeline in a Pipeline hides the net from HyperTrainingSearchCV: put all steps into one.")
+    if isinstance(inner := getattr(last, "estimator", None), (TorchEstimator, Pipeline)):
+        raise TypeError(
+            f"{type(last).__name__} hides its {type(inner).__name__} from HyperTrainingSearchCV: put it around the search instead, "
+            f"{type(last).__name__}(HyperTrainingSearchCV(...), ...)."
         )
     raise TypeError(
         f"HyperTrainingSearchCV tunes a TorchClassifier, a TorchRegressor, a skorch net, or a Pipeline that ends in one; got "
@@ -65,10 +74,12 @@ def make_folds(
     *,
     weighs_rows: bool,
     pads: bool,
+    by_column: bool,
 ) -> list[Fold]:
     """One fold for each pair of (numbers of training rows, numbers of validation rows).
 
-    Raises ValueError if there is none, or if the steps before the net give rows of other shapes in other folds, and not just fewer columns.
+    Raises ValueError if there is none, or if the steps before the net give rows of other shapes in other folds, and not just fewer columns;
+    warns, with ``by_column``, if they choose other columns in other folds.
 
     Parameters
     ----------
@@ -78,22 +89,48 @@ def make_folds(
         Whether a weight for each row is among the hyperparameters.
     pads : bool
         Whether rows that are narrower than those of other folds may get columns of zeros.
+    by_column : bool
+        Whether the search finds a value for each column: all folds must have the same ones then, and so must the whole data.
     """
+    if any(hasattr(step, "fit_resample") for _, step in getattr(estimator, "steps", ())):
+        raise TypeError(
+            f"{type(estimator).__name__} resamples its rows, of which HyperTrainingSearchCV would not know what they are. Weight them instead: "
+            'fit(..., sample_weight=compute_sample_weight("balanced", y)) of the net.'
+        )
     folds = [_fold(estimator, X, y, train, valid, fit_params, weighs_rows) for train, valid in splits]
     if not folds:
         raise ValueError("No fits were performed. Was the CV iterator empty? Were there no candidates?")
-    shapes = [tuple(fold.train.x.shape[1:]) for fold in folds]
+    fitted = folds
+    if by_column and folds[0].preprocess is not None:
+        everything = np.arange(_num_samples(X))
+        fitted = [*folds, _fold(estimator, X, y, everything, everything[:1], fit_params, weighs_rows)]
+    shapes = [tuple(fold.train.x.shape[1:]) for fold in fitted]
     if len(set(shapes)) == 1:
+        if fitted is not folds and len({_columns_of(fold) for fold in fitted}) > 1:
+            warnings.warn(
+                "The steps before the net make other columns of the data in other folds, and a value for each column stands for another one "
+                "in each: choose the columns before the search, or take one value for all.",
+                UserWarning,
+                stacklevel=2,
+            )
         return folds
     ours = isinstance(folds[0].net, TorchEstimator) and folds[0].net.inputs is None
     if not (pads and ours and all(len(shape) == 1 for shape in shapes)):
         raise ValueError(
-            f"The steps before the net give rows of other shapes in other folds: {shapes}. Folds are trained together, so their nets "
+            f"The steps before the net give rows of other shapes in other folds{', and in the whole data' * (fitted is not folds)}: {shapes}. Folds are trained together, so their nets "
             "must be of one size. Zeros fill up missing columns, but not of a skorch net or one of several inputs, with a hyperparameter for "
             "each unit, weight or feature, or with evaluate='hypernetwork' (check_hypergradient sets that): fix what the steps make of the columns (categories=... of an "
             "encoder, a number of features of a selection), or encode X before the search."
         )
     return [_widened(fold, min(shapes)[0], max(shapes)[0]) for fold in folds]
+
+
+def _columns_of(fold: Fold) -> tuple[str, ...]:
+    """The names of the columns that the steps before the net make, where these can say."""
+    try:
+        return tuple(fold.preprocess[:-1].get_feature_names_out())  # type: ignore[index]
+    except (AttributeError, ValueError, NotFittedError):
+        return ()
 
 
 def _widened(fold: Fold, least: int, width: int) -> Fold:

@@ -7,6 +7,7 @@ torch.Size([2])
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -157,8 +158,11 @@ class CustomLoss:
         return loss.expand(rows)
 
 
-def as_loss(criterion: Any, losses: Mapping[str, Loss]) -> Loss:
-    """The per-row loss for ``criterion=``: a name out of ``losses``, a callable, or a class such as ``nn.HuberLoss``."""
+def as_loss(criterion: Any, losses: Mapping[str, Loss], like: Tensor) -> Loss:
+    """The per-row loss for ``criterion=``: a name out of ``losses``, a callable, or a class such as ``nn.HuberLoss``.
+
+    Of a module it is a copy, whose own tensors (weights of classes) have the dtype and the device of ``like``.
+    """
     if isinstance(criterion, str):
         return losses[criterion]
     made = criterion
@@ -169,5 +173,12 @@ def as_loss(criterion: Any, losses: Mapping[str, Loss]) -> Loss:
         raise ValueError(
             f"criterion={criterion!r} is for counts, and targets are standardised for it: criterion='poisson' is the same loss."
         )
+    if getattr(made, "reduction", None) == "sum":
+        raise ValueError(
+            f"criterion={criterion!r} adds up rows (reduction='sum'), so that penalties, slopes and the validation loss would depend on how many "
+            "there are: leave reduction at 'mean'."
+        )
+    if isinstance(made, nn.Module):
+        made = copy.deepcopy(made).to(device=like.device, dtype=like.dtype)
     check_call(f"criterion {criterion!r}", "(outputs, targets)", getattr(made, "forward", made), None, None)
     return CustomLoss(made)

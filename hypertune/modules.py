@@ -91,8 +91,7 @@ def plain_layers(module: nn.Module) -> list[tuple[str, nn.Module]] | None:
 
 def _as_declared(module: nn.Module) -> bool:
     """Whether the module does what its class says: it has no hooks, and no forward of its own."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return not any(hooks) and "forward" not in vars(module)
+    return not any(getattr(module, name) for name in _HOOKS) and "forward" not in vars(module)
 
 
 def run_layers(layers: list[tuple[str, nn.Module]], named: Mapping[str, Tensor], x: Tensor) -> Tensor:
@@ -226,10 +225,15 @@ def refuse_modules(module: nn.Module) -> None:
                 f"{where} has no shape before it has seen data, and the weights are counted before that: the factory gets "
                 "n_features_in, so use the eager layer (nn.Linear for nn.LazyLinear)."
             )
+        if type(sub).__name__ == "OptimizedModule":
+            raise ValueError(
+                f"{where} comes from torch.compile(module), and its copies would not be compiled: leave that out."
+            )
         for name, value in vars(sub).items():
-            if name not in _OF_EVERY_MODULE and any(own in inside for own in _held_by(value)):
+            if (name not in OF_EVERY_MODULE or name in _HOOKS) and any(own in inside for own in _held_by(value)):
+                what = f"a hook (in {name})" if name in _HOOKS else f"a function, {name!r},"
                 raise ValueError(
-                    f"{where} keeps a function, {name!r}, that holds on to a module by name: in a copy of it, and copies are what is "
+                    f"{where} keeps {what} that holds on to a module by name: in a copy of it, and copies are what is "
                     "trained, the function would go on calling the first one. Make it a method."
                 )
         if any(t.is_complex() for t in (*sub.parameters(recurse=False), *sub.buffers(recurse=False))):
@@ -244,7 +248,8 @@ def refuse_modules(module: nn.Module) -> None:
             )
 
 
-_OF_EVERY_MODULE = {*vars(nn.Module()), "_compiled_call_impl"}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+OF_EVERY_MODULE = {*vars(nn.Module()), "_compiled_call_impl"}
 
 
 def _held_by(value: Any) -> Iterator[Any]:
@@ -310,7 +315,10 @@ def find_reach(build: Callable[[float], nn.Module], low: float, high: float) -> 
         b = (y2 - y0) / (high - low)
         reach.append(Reach(path, name, y0 - b * low, b))
     if not reach:
-        raise ValueError("it reaches nothing in the model: no number that the forward pass reads depends on it")
+        raise ValueError(
+            "it reaches nothing in the model that can be set: no number that a module keeps as an attribute with a public name "
+            "(self.rate = rate; not in a list, a dict or a closure) depends on it"
+        )
     return reach
 
 

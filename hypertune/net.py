@@ -357,7 +357,7 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
     def _make_objective(
         self, module: nn.Module, *, reach: Mapping[str, list[Reach]] | None = None, folds: int = 1
     ) -> Objective:
-        loss = as_loss(self.criterion, self._losses)
+        loss = as_loss(self.criterion, self._losses, torch.empty(0, dtype=_DTYPES[self.dtype], device=self.device))
         if self.penalty is not None:
             check_call(f"penalty {self.penalty!r}", "(weights)", self.penalty, {})
         if self.augment is not None:

@@ -149,6 +149,8 @@ class BestResponse:
         ValueError
             As in :meth:`weights`.
         """
+        if not 0 <= fold < len(self.folds):
+            raise ValueError(f"fold={fold}: there are {len(self.folds)}, numbered from 0.")
         setting = self._complete({} if params is None else params)
         net = copy.deepcopy(self.folds[fold].net).set_params(**self._own(setting))
         net = net._adopt(self._module(net, self._lam([setting]), fold))

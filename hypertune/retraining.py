@@ -8,6 +8,7 @@ K folds at once, from the initial weights, in the order of rows and by the optim
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from hypertune.arrays import fingerprint
 from hypertune.batches import Batch, Minibatches, Rows
+from hypertune.factory import numbers_in
 from hypertune.net import TorchEstimator
 from hypertune.objective import Objective
 from hypertune.randomness import draw_seed, isolated, rng_state, seed_torch, set_rng_state
@@ -168,6 +170,8 @@ def _train(
         # Every setting on the first fold, and the first setting on every other.
         some = [(0, c) for c in range(C)] + [(k, 0) for k in range(1, K)]
         own = [_first_step(folds[k], settings[c], batch.of(k), seed) for k, c in some]
+        if any(one.counts for one in own):
+            return None
         w, alone = nn.Parameter(torch.stack([one.w for one in own[:C]]).repeat(K, 1, 1)), [one.sketch for one in own]
         if any(not torch.equal(one.noise[0], own[0].noise[0]) for one in own):
             return None
@@ -175,8 +179,7 @@ def _train(
         del own  # as many models
         values = make_values(space, prefix, objective, net)(lam.to(w), K)
         optimizer, schedule = net._make_optimizer([w], epochs * per_epoch)
-        hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks, w._backward_hooks)
-        if type(optimizer) not in _ELEMENTWISE or any(hooks):
+        if not _moves_each_by_itself(optimizer) or w._backward_hooks:
             return None
         curves = torch.zeros(K, C, epochs, device=w.device, dtype=w.dtype)
         for number in range(epochs * per_epoch):
@@ -194,12 +197,24 @@ def _train(
     return w.detach(), curves, {k: b.unflatten(0, (K, C)) for k, b in kept.items()}, objective.remembers()
 
 
+def _moves_each_by_itself(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step moves each number by itself, without looking at the others: no hook and no step of the instance's own may do so."""
+    hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+    step = getattr(optimizer.step, "__func__", optimizer.step)  # which a scheduler has wrapped
+    return (
+        type(optimizer) in _ELEMENTWISE
+        and not any(hooks)
+        and inspect.unwrap(step) is inspect.unwrap(type(optimizer).step)
+    )
+
+
 class _FirstStep(NamedTuple):
-    """Of a fit of its own: initial weights (D,), the state of the random numbers after them, and its sketch."""
+    """Of a fit of its own: initial weights (D,), the state of the random numbers after them, its sketch, and whether the augmentation counts."""
 
     w: Tensor
     noise: tuple[Tensor, Tensor | None]
     sketch: Tensor
+    counts: bool
 
 
 def _first_step(fold: Fold, setting: dict[str, Any], batch: Batch, seed: int) -> _FirstStep:
@@ -210,10 +225,11 @@ def _first_step(fold: Fold, setting: dict[str, Any], batch: Batch, seed: int) ->
     noise = rng_state(batch.x.device)
     objective = net._make_objective(module)
     net._check_outputs(objective, batch.x[0, :2])
-    w = objective.initial_weights()[None].requires_grad_()
+    w, counted = objective.initial_weights()[None].requires_grad_(), numbers_in(objective.augment)
     loss = objective.train_loss(w, {}, batch)
     (gradient,) = torch.autograd.grad(loss.sum(), w)
-    return _FirstStep(w.detach()[0], noise, _sketch(loss[0], gradient[0]))
+    counts = numbers_in(objective.augment) != counted  # its calls: of a stack there are more
+    return _FirstStep(w.detach()[0], noise, _sketch(loss[0], gradient[0]), counts)
 
 
 def _sketch(loss: Tensor, gradient: Tensor) -> Tensor:

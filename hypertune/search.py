@@ -424,10 +424,8 @@ class HyperTrainingSearchCV(BaseSearchCV):
         space = with_rows(net, space, prefix)
         check_settings(type(self.estimator).__name__, self._settings(), space, prefix)
         check_names(net, space, prefix)
-        pads = self.evaluate == "retrain" and not any(
-            h.grain in ("unit", "feature", "weight") for h in space.hyperparameters
-        )
-        seed, folds = draw_seed(self.random_state), self._folds(pads)
+        grains = {h.grain for h in space.hyperparameters}
+        seed, folds = draw_seed(self.random_state), self._folds(grains)
         space, objective = stack(space, prefix, folds, _num_samples(self._inputs[0]), seed)
         settings = self._settings()
         current = space.encode({name: settings[name] for name in space.names})  # moved into the declared bounds
@@ -485,12 +483,18 @@ class HyperTrainingSearchCV(BaseSearchCV):
             settings[name] = 1.0  # what no weight means
         return settings
 
-    def _folds(self, pads: bool) -> list[Fold]:
-        """The splits of ``cv``, as scikit-learn would give them to the estimator."""
+    def _folds(self, grains: set[Any]) -> list[Fold]:
+        """The splits of ``cv``, as scikit-learn would give them to the estimator; ``grains`` are those of the hyperparameters."""
         X, y = self._inputs
-        splits = self.cv.split(X, y, **self._routed.splitter.split)
         return make_folds(
-            self.estimator, X, y, splits, self._routed.estimator.fit, weighs_rows=self._weighs_rows(), pads=pads
+            self.estimator,
+            X,
+            y,
+            self.cv.split(X, y, **self._routed.splitter.split),
+            self._routed.estimator.fit,
+            weighs_rows=self._weighs_rows(),
+            pads=self.evaluate == "retrain" and not grains & {"unit", "feature", "weight"},
+            by_column=bool(grains & {"feature", "weight"}),
         )
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, Self
 
@@ -26,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from hypertune.modules import (
+    OF_EVERY_MODULE,
     Reach,
     TensorDropout,
     Value,
@@ -229,10 +230,13 @@ class StackedModule:
             A setting of the tuned hyperparameters.
         """
         w = self.initial_weights()
-        with torch.no_grad(), FlopCounterMode(display=False) as counter, self._noting_calls():
+        with torch.no_grad(), self._noting_calls():
             self.outputs(self.named(w[None]), x[None], values, training=False, fold=0)
+        noise, counter = rng_state(x.device), FlopCounterMode(display=False)
+        with torch.no_grad(), suppress(RuntimeError), counter:  # it cannot count where a forward differentiates
+            self.outputs(self.named(w[None]), x[None], values, training=False, fold=0)
+        set_rng_state(noise, x.device)
         self.cost = max(self.D, counter.get_total_flops() // (2 * len(x)))
-        noise = rng_state(x.device)
 
         def run(models: int, training: bool) -> tuple[StackedModule, Tensor, Tensor]:
             """So many of the same: their module, outputs, and the gradient of these."""
@@ -284,8 +288,11 @@ class StackedModule:
         """The name of a plain attribute, if there is one, that a stacked pass put a tensor for all models in."""
         for path, sub in self._fresh.named_modules():
             now = vars(self._modules[True].get_submodule(path))
-            for name in (name for name, before in vars(sub).items() if before is None or isinstance(before, Tensor)):
-                if isinstance(value := now.get(name), Tensor) and is_batchedtensor(value):
+            for name, before in vars(sub).items():
+                may_hold = before is None or isinstance(before, (Tensor, list, tuple, dict))
+                if name in OF_EVERY_MODULE or not may_hold:
+                    continue
+                if any(is_batchedtensor(t) for t in _tensors(now.get(name))):
                     return name
         return ""
 
@@ -432,6 +439,12 @@ def _no_fast_path() -> Iterator[None]:
             yield
         finally:
             mha.set_fastpath_enabled(enabled)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """A tensor, or those in a list, tuple or dict."""
+    values = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else [value]
+    return [one for one in values if isinstance(one, Tensor)]
 
 
 def _same_state(one: tuple[Tensor, Tensor | None], other: tuple[Tensor, Tensor | None]) -> bool:

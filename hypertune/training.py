@@ -35,7 +35,7 @@ from hypertune.recipes import choose, phi_optimizer, stream
 from hypertune.response import BestResponse, Fold
 from hypertune.space import OUTER, Space
 from hypertune.stacked import flat_weights
-from hypertune.tunable import arrangements, find_reaches
+from hypertune.tunable import arrangements, check_reach, find_reaches
 
 _VALID_BATCH, _FEWER_VALID = 256, 128  # rows of a step of λ̂; fewer where each costs
 _MOST_INITS = 3
@@ -46,6 +46,7 @@ _FULL_PACE = 1_200  # training steps: in longer runs λ̂ is the slower, since t
 _RECORDS = 50
 _RECORDED_ROWS, _FEWER_RECORDED = 1_000, 256  # of each fold's validation rows; fewer where each costs
 _RECORDED_VALUES = 10_000_000  # of one hyperparameter in all records; of more, a draw of 1,000 in each
+_LOOKED_AT = 16  # rows, to see what a keyword does
 _SETTLING = 50  # minibatches after which BatchNorm has forgotten what it was before
 _SIMPLIFIED_OFFSET = 2.0  # units of λ between λ̂'s start and the centre in "simplified"
 
@@ -210,6 +211,8 @@ def stack(space: Space, prefix: str, folds: list[Fold], n_rows: int, seed: int) 
                     f"param_distributions[{h.name!r}]: the module reads it in eval mode, too. The gradient is that of a validation loss "
                     f"which depends on it through the weights alone, as on a dropout rate. Set it on the estimator, or give it to {OUTER}."
                 )
+            if own in reaches:
+                check_reach(net, objective, folds[0].train.x[:_LOOKED_AT], h.name, own, h.prior.ppf([0.25, 0.75]), seed)
         objective.try_stacking(x, {own: settings[own] for own in reaches})
         names = {h.name for h in space.hyperparameters} & {f"{prefix}input_noise", f"{prefix}mixup"}
         if names and not objective.feels_noise:

@@ -15,6 +15,7 @@ from numbers import Real
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from hypertune.modules import Reach, find_reach
@@ -180,6 +181,50 @@ def find_reaches(net: Net, space: Space, prefix: str) -> dict[str, list[Reach]]:
                     "(nn.Dropout(0.0) does nothing)."
                 )
     return reaches
+
+
+def check_reach(
+    net: Net, objective: Objective, x: Tensor, name: str, own: str, values: Sequence[float], seed: int
+) -> None:
+    """Refuse a keyword that reaches the module by another way, too, than by the numbers that are set in our copy of it.
+
+    Parameters
+    ----------
+    net : Net
+    objective : Objective
+        Of the net's module, built under ``seed``.
+    x : Tensor of shape (B, ...)
+        Some rows.
+    name, own : str
+        The hyperparameter, and the net's own name for it.
+    values : sequence of float
+        Of the keyword: for each a module is built, which must give what our copy gives in training.
+
+    Raises
+    ------
+    ValueError
+        Naming the hyperparameter, what it reaches, and what to do instead.
+    """
+    w = objective.initial_weights()
+    w = w + 0.1 * torch.randn_like(w)  # a layer may begin with zeros
+
+    def outputs(one: Objective, value: float) -> Tensor:
+        with torch.no_grad(), isolated(seed, net.device):
+            one.draw_streams()
+            return one.outputs(one.named(w[None]), x[None], {own: value}, training=True, keep=False)
+
+    for value in map(float, values):
+        with isolated(seed, net.device):
+            built = copy.deepcopy(net).set_params(**{own: value})
+            other = built._make_objective(built._build_module())
+        ours, theirs = outputs(objective.with_statistics_of(1, 1), value), outputs(other, value)
+        if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()) + 1e-6, equal_nan=True):
+            found = ", ".join(f"{path}.{attribute}" for path, attribute, _, _ in objective.reach[own])
+            raise ValueError(
+                f"param_distributions[{name!r}]: it sets {found} in the module, and something else that is not found: a module that is built "
+                f"at {value:g} trains otherwise. Keep it everywhere as an attribute with a public name (self.rate = rate; not in a list, a "
+                "dict, a buffer or a closure)."
+            )
 
 
 def _ends(h: Hyperparameter) -> str:

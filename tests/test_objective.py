@@ -154,10 +154,12 @@ def test_penalties_have_the_derivatives_of_what_they_compute():
 
 def test_a_criterion_of_torchs_given_as_a_class_weighs_rows(batch: Batch):
     outputs, y = torch.randn(5, 2), torch.randn(5, 2)
-    assert torch.allclose(as_loss(nn.MSELoss, {})(outputs, y, weighted=True), (outputs - y).square().mean(dim=1))
-    assert as_loss(nn.CrossEntropyLoss, {})(outputs, torch.zeros(5, dtype=torch.long)).shape == (5,)
+    assert torch.allclose(
+        as_loss(nn.MSELoss, {}, outputs)(outputs, y, weighted=True), (outputs - y).square().mean(dim=1)
+    )
+    assert as_loss(nn.CrossEntropyLoss, {}, outputs)(outputs, torch.zeros(5, dtype=torch.long)).shape == (5,)
     with pytest.raises(ValueError, match="sample_weight has no part"):
-        as_loss(nn.MSELoss(), {})(outputs, y, weighted=True)
+        as_loss(nn.MSELoss(), {}, outputs)(outputs, y, weighted=True)
 
 
 def test_folds_may_have_seeds_of_their_own():

@@ -214,6 +214,58 @@ def clipped(params, lr):
     return torch.optim.SGD(params, lr=lr)
 
 
+def clipped_by_its_own_step(params, lr):
+    optimizer = torch.optim.SGD(params, lr=lr)
+
+    def step(self, closure=None):
+        nn.utils.clip_grad_norm_(self.param_groups[0]["params"], 0.05)
+        return type(self).step(self)
+
+    optimizer.step = types.MethodType(step, optimizer)
+    return optimizer
+
+
+class Curriculum:
+    """An augmentation that counts its calls."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, x, generator, spread=0.1):
+        self.calls += 1
+        spread = spread if self.calls < 12 else 10 * spread
+        return x * (1 + spread * torch.randn(len(x), 1, generator=generator, dtype=x.dtype))
+
+
+class Queue(nn.Module):
+    """Tensors in a list."""
+
+    def __init__(self, n: int, m: int):
+        super().__init__()
+        self.hidden, self.out, self.queue = nn.Linear(n, 8), nn.Linear(8, m), []
+
+    def forward(self, x):
+        h = torch.relu(self.hidden(x))
+        if self.training:
+            h = h + 0.5 * torch.stack([*self.queue, torch.zeros_like(h[0])]).mean(0)
+            self.queue = [*self.queue, h.detach().mean(0)][-4:]
+        return self.out(h)
+
+
+class Energy(nn.Module):
+    """A gradient inside the forward pass."""
+
+    def __init__(self, n: int, m: int):
+        super().__init__()
+        self.hidden, self.out = nn.Linear(n, 8), nn.Linear(n, m)
+
+    def forward(self, x):
+        with torch.enable_grad():
+            z = x.detach().requires_grad_()
+            (force,) = torch.autograd.grad(torch.tanh(self.hidden(z)).sum(), z, create_graph=True)
+        return self.out(force)
+
+
 def random_penalty(weights, strength=0.01):
     matrix = weights["1.weight"]
     return strength * (matrix @ torch.randn(matrix.shape[1], dtype=matrix.dtype)).square().sum()
@@ -237,6 +289,14 @@ ODD: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "cools": ({"module": Cools}, DECAY),
     "moving mean": ({"module": MovingMean}, DECAY),
     "clipped": ({"module": MLP((8,)), "optimizer": clipped, "lr": 0.5}, DECAY),
+    "clipped by its own step": ({"module": MLP((8,)), "optimizer": clipped_by_its_own_step, "lr": 0.5}, DECAY),
+    "curriculum": ({"module": MLP((8,)), "augment": Curriculum()}, {"augment__spread": uniform(0, 0.5)}),
+    "queue": ({"module": Queue}, DECAY),
+    "energy": ({"module": Energy}, DECAY),
+    "class weights": (
+        {"module": MLP((8,)), "criterion": nn.CrossEntropyLoss(weight=torch.tensor([1.0, 3.0]))},
+        DECAY,
+    ),
     "random penalty": ({"module": MLP((8,)), "penalty": random_penalty}, {"penalty__strength": loguniform(1e-4, 1)}),
 }
 
@@ -281,6 +341,7 @@ def test_an_estimator_of_the_response_has_what_the_module_was_drawn_with(module)
 
 
 TOGETHER = (
+    "class weights",
     "padding",
     "scaled start",
     "in a list",
@@ -396,15 +457,15 @@ def test_a_function_that_holds_on_to_the_module_is_refused():
     with pytest.raises(ValueError, match=r"keeps a function, 'forward'"):
         clone(NET).set_params(module=patched).fit(X, y)
 
-    teacher = nn.Linear(5, 5).double()
+    teacher, seen = nn.Linear(5, 5).double(), []
 
     class Harmless(nn.Linear):
         max_norm = 1.0
 
         def __init__(self, n, m):
             super().__init__(n, m)
-            self.seen, self.teach = [], lambda x: teacher(x).detach()
-            self.register_forward_hook(lambda module, args, outputs: self.seen.append(len(outputs)))
+            self.seen, self.teach = seen, lambda x: teacher(x).detach()
+            self.register_forward_hook(lambda module, args, outputs: seen.append(len(outputs)))
 
         def forward(self, x):
             return super().forward(self.teach(x))
@@ -439,6 +500,71 @@ def test_a_function_inside_a_function_holds_on_to_the_module_too():
 
     with pytest.raises(ValueError, match=r"keeps a function, 'outer'"):
         clone(NET).set_params(module=Held).fit(X, y)
+
+
+def test_a_hook_that_holds_on_to_the_module_is_refused_and_a_method_is_not():
+    class Gated(nn.Module):
+        def __init__(self, n, m, method):
+            super().__init__()
+            self.hidden, self.gate, self.out = nn.Linear(n, 8), nn.Linear(n, 8), nn.Linear(8, m)
+            self.hidden.register_forward_hook(self.opened if method else lambda _, x, h: h * self.gate(x[0]).sigmoid())
+
+        def opened(self, _, x, h):
+            return h * self.gate(x[0]).sigmoid()
+
+        def forward(self, x):
+            return self.out(torch.relu(self.hidden(x)))
+
+    with pytest.raises(
+        ValueError, match=r"hidden \(Linear\) keeps a hook \(in _forward_hooks\) that .*Make it a method"
+    ):
+        clone(NET).set_params(module=functools.partial(Gated, method=False)).fit(X, y)
+    trained = clone(NET).set_params(module=functools.partial(Gated, method=True)).fit(X, y)
+    with torch.no_grad():
+        before = trained.predict_proba(X)
+        trained.module_.gate.weight.fill_(100.0)
+    assert np.abs(trained.predict_proba(X) - before).max() > 0.01
+
+
+def test_a_module_wrapped_by_torch_compile_is_refused():
+    with pytest.raises(ValueError, match=r"OptimizedModule\) comes from torch\.compile\(module\)"):
+        clone(NET).set_params(module=lambda n, m: torch.compile(nn.Linear(n, m), backend="eager")).fit(X, y)
+
+
+@pytest.mark.parametrize("route", ["dict", "buffer", "private", "closure"])
+def test_a_keyword_that_reaches_the_module_by_another_way_too_is_refused(route):
+    class Net(nn.Module):
+        def __init__(self, n, m, dropout=0.1):
+            super().__init__()
+            self.first, self.hidden, self.out = nn.Dropout(dropout / 10), nn.Linear(n, 16), nn.Linear(16, m)
+            self.config, self._rate = {"rate": dropout if route == "dict" else 0.0}, dropout
+            self.register_buffer("rate", torch.tensor(dropout))
+            self.drop = lambda h: torch.dropout(h, dropout, True)
+
+        def forward(self, x):
+            h = torch.relu(self.hidden(self.first(x)))
+            if route == "closure":
+                return self.out(self.drop(h) if self.training else h)
+            rate = {"dict": self.config["rate"], "buffer": float(self.rate), "private": self._rate}[route]
+            return self.out(torch.dropout(h, rate, self.training))
+
+    with pytest.raises(
+        ValueError, match=r"module__dropout.*sets first\.p in the module, and something else .* trains otherwise"
+    ):
+        search({"module__dropout": uniform(0, 0.8)}, module=model_factory(Net)).fit(X, y)
+
+
+def test_a_keyword_that_is_kept_under_a_private_name_alone_is_refused_with_what_to_do():
+    class Net(nn.Linear):
+        def __init__(self, n, m, dropout=0.1):
+            super().__init__(n, m)
+            self._rate = dropout
+
+        def forward(self, x):
+            return super().forward(torch.dropout(x, self._rate, self.training))
+
+    with pytest.raises(ValueError, match=r"attribute with a public name \(self\.rate = rate"):
+        search({"module__dropout": uniform(0, 0.8)}, module=model_factory(Net)).fit(X, y)
 
 
 def test_a_compiled_module_is_no_such_function():

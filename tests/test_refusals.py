@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import threading
+import warnings
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from scipy.stats import loguniform, uniform
-from sklearn.base import clone
+from sklearn.base import BaseEstimator, clone
+from sklearn.calibration import CalibratedClassifierCV
 from sklearn.compose import TransformedTargetRegressor, make_column_transformer
+from sklearn.feature_selection import SelectKBest
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import KFold
 from sklearn.pipeline import Pipeline, make_pipeline
@@ -235,6 +238,68 @@ def test_folds_of_other_widths_are_refused_with_what_to_do_where_zeros_are_no_wa
     )  # fmt: skip
     with pytest.raises(ValueError, match="rows of other shapes in other folds"):
         own.fit(X, np.arange(30) % 2)
+
+
+def one_in_each_fold() -> tuple[pd.DataFrame, np.ndarray]:
+    """Three folds that train on as many categories each, and fewer than there are in all."""
+    codes = np.array(["a", "b"] * 30, dtype=object)
+    codes[[0, 25, 50]] = ["r1", "r2", "r3"]
+    return pd.DataFrame({"c": codes}), np.tile([0, 0, 1, 1], 15)
+
+
+@pytest.mark.parametrize("name", ["weight_decay", "input_noise"])
+def test_a_value_for_each_column_needs_as_many_in_the_whole_data(name, no_training):
+    prior = uniform(0, 1) if name == "input_noise" else loguniform(1e-6, 1)
+    own = search(
+        estimator=make_pipeline(OneHotEncoder(handle_unknown="ignore"), TorchClassifier(max_epochs=1)), cv=KFold(3),
+        param_distributions={f"torchclassifier__{name}": per_feature(prior)},
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"other folds, and in the whole data: \[\(4,\), \(4,\), \(4,\), \(5,\)\]"):
+        own.fit(*one_in_each_fold())
+
+
+def test_a_value_for_each_column_of_other_columns_in_other_folds_is_warned_of():
+    rng = np.random.default_rng(1)
+    X, y = rng.normal(size=(90, 40)), np.arange(90) % 2
+    X[:, 7] += y
+    net = TorchClassifier(MLP((4,)), max_epochs=2, random_state=0)
+    space = {"torchclassifier__input_noise": per_feature(uniform(0, 1))}
+    with pytest.warns(UserWarning, match="stands for another one"):
+        search(estimator=make_pipeline(SelectKBest(k=4), net), param_distributions=space).fit(X, y)
+    for steps, prior in (([StandardScaler()], per_feature(uniform(0, 1))), ([SelectKBest(k=4)], uniform(0, 1))):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            space = {"torchclassifier__input_noise": prior}
+            search(estimator=make_pipeline(*steps, net), param_distributions=space).fit(X, y)
+
+
+class Doubles(BaseEstimator):
+    def fit_resample(self, X, y):
+        return np.concatenate([X, X]), np.concatenate([y, y])
+
+
+class Resampling(Pipeline):
+    """What imbalanced-learn's pipeline is."""
+
+
+def test_what_hides_the_net_or_resamples_is_refused_with_what_to_do(iris, no_training):
+    with pytest.raises(TypeError, match=r"Resampling resamples its rows.*compute_sample_weight"):
+        search(
+            estimator=Resampling([("doubles", Doubles()), ("net", TorchClassifier())]),
+            param_distributions={"net__weight_decay": loguniform(1e-6, 1)},
+        ).fit(*iris)
+    with pytest.raises(TypeError, match="put all steps into one"):
+        search(estimator=make_pipeline(StandardScaler(), make_pipeline(StandardScaler(), TorchClassifier()))).fit(*iris)
+    with pytest.raises(
+        TypeError, match=r"CalibratedClassifierCV hides its TorchClassifier.*CalibratedClassifierCV\(Hyper"
+    ):
+        search(estimator=CalibratedClassifierCV(TorchClassifier())).fit(*iris)
+
+
+def test_a_sum_over_rows_is_no_criterion(iris):
+    for criterion in (nn.CrossEntropyLoss(reduction="sum"), nn.HuberLoss(reduction="sum")):
+        with pytest.raises(ValueError, match="adds up rows"):
+            TorchClassifier(criterion=criterion).fit(*iris)
 
 
 def test_a_softmax_at_the_end_is_noticed(iris):
