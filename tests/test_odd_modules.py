@@ -554,6 +554,18 @@ def test_a_keyword_that_reaches_the_module_by_another_way_too_is_refused(route):
         search({"module__dropout": uniform(0, 0.8)}, module=model_factory(Net)).fit(X, y)
 
 
+def test_no_two_modules_alike_are_no_reason_to_refuse_a_keyword():
+    class Net(DrawnByNumpy):
+        def __init__(self, n, m, dropout=0.1):
+            super().__init__(n, m)
+            self.drop = nn.Dropout(dropout)
+
+        def forward(self, x):
+            return super().forward(self.drop(x))
+
+    search({"module__dropout": uniform(0, 0.8)}, module=model_factory(Net)).fit(X, y)
+
+
 def test_a_keyword_that_is_kept_under_a_private_name_alone_is_refused_with_what_to_do():
     class Net(nn.Linear):
         def __init__(self, n, m, dropout=0.1):
