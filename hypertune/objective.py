@@ -24,6 +24,7 @@ noise, dropout or smoothing.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -289,6 +290,12 @@ class Objective(StackedModule):
                 raise ValueError(f"penalty {self.penalty!r} returned {got}; return one number, a tensor of shape ().")
             penalties.append(own)
         return torch.stack(penalties)
+
+    def penalty_follows(self, keyword: str) -> bool:
+        """Whether the user's penalty has a derivative in one of its hyperparameters: not if it makes a plain number of it."""
+        weights, value = self.named(self.initial_weights()[None]), self._like.new_tensor([0.5]).requires_grad_()
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # that it does
+            return self._own_penalty(weights, {keyword: value}, 1).requires_grad
 
     def _half_squares(self, strength: Strength, named: Mapping[str, Tensor]) -> Value:
         """Σ over penalised weights of strength · ½w², (M,); a strength is one per model, or a dict of them by parameter."""

@@ -150,7 +150,7 @@ def _check(chosen: Description, asked: Any, space: Space, differentiable: Tensor
     if names := [h.name for h, block in blocks if not differentiable[block].all()]:
         raise ValueError(
             f"algorithm={asked!r} differentiates the training loss by every hyperparameter, and there is no such derivative for "
-            f'{names}: numbers inside the module (a dropout rate) and augmentations. Use "joint", "global", "simplified" or "hybrid".'
+            f'{names}: numbers inside the module (a dropout rate), augmentations, and what a penalty makes a plain number of. Use "joint", "global", "simplified" or "hybrid".'
         )
     if isinstance(chosen, Forward) and (names := [h.name for h in space.hyperparameters if h.grain == "row"]):
         raise ValueError(

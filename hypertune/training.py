@@ -33,7 +33,7 @@ from hypertune.objective import NO_NOISE, Objective
 from hypertune.randomness import isolated
 from hypertune.recipes import choose, phi_optimizer, stream
 from hypertune.response import BestResponse, Fold
-from hypertune.space import OUTER, Space
+from hypertune.space import OUTER, Hyperparameter, Space
 from hypertune.stacked import flat_weights
 from hypertune.tunable import arrangements, check_reach, find_reaches
 
@@ -95,7 +95,7 @@ def hyper_train(
     """
     begin = time.perf_counter()
     net, K = folds[0].net, len(folds)
-    recipe = choose(algorithm, space, _differentiable(space, prefix))
+    recipe = choose(algorithm, space, _differentiable(space, prefix, objective))
     with isolated(seed, net.device):
         if n_inits is None:
             several = objective.stacked and not recipe.implicit.any()
@@ -240,9 +240,14 @@ def _layout(space: Space, prefix: str, net: Net, objective: Objective, x: Tensor
     return Layout(objective.units(), local, rows if rows.any() else None)
 
 
-def _differentiable(space: Space, prefix: str) -> Tensor:
+def _differentiable(space: Space, prefix: str, objective: Objective) -> Tensor:
     """Which coordinates of λ the training loss is differentiable in, (n,) booleans: not numbers inside the module."""
-    return space.mask(lambda h: not h.name.removeprefix(prefix).startswith(("module__", "augment__")))
+
+    def is_differentiable(h: Hyperparameter) -> bool:
+        owner, _, keyword = h.name.removeprefix(prefix).partition("__")
+        return objective.penalty_follows(keyword) if owner == "penalty" else owner not in ("module", "augment")
+
+    return space.mask(is_differentiable)
 
 
 def _problem(

@@ -75,6 +75,18 @@ def test_their_hyperparameters_join_the_space(iris, algorithm):
     assert_allclose(model.predict_proba(X), found.predict_proba(X), rtol=1e-6)
 
 
+def test_a_penalty_that_makes_a_plain_number_of_its_hyperparameter_is_for_methods_with_a_hypernetwork(iris):
+    def plain(weights, strength=0.01, other=0.1):
+        return float(strength) * other * weights["1.weight"].square().sum()
+
+    net = clone(NET).set_params(penalty=plain)
+    for algorithm in ("implicit", "t1t2", "unrolled", "forward"):
+        with pytest.raises(ValueError, match=r"penalty__strength'\]: .* a penalty makes a plain number of"):
+            search(net, {"penalty__strength": loguniform(1e-4, 1)}, algorithm=algorithm).fit(*iris)
+    search(net, {"penalty__other": loguniform(1e-4, 1)}, algorithm="implicit").fit(*iris)
+    search(net, {"penalty__strength": loguniform(1e-4, 1)}).fit(*iris)
+
+
 def test_a_grid_search_takes_them_too(iris):
     found = GridSearchCV(NET, {"penalty__strength": [0.1, 1.0]}, cv=2).fit(*iris)
     assert found.best_estimator_.penalty.keywords["strength"] == found.best_params_["penalty__strength"]
