@@ -53,7 +53,7 @@ class Problem:
 
     scoring: str = "neg_log_loss"
 
-    def loss(self, score: float) -> float:
+    def loss(self, score: Any) -> float:
         """What is lacking to the best possible score; lower is better. The losses themselves, of scorers that are named "neg_…"."""
         return (0.0 if self.scoring.startswith("neg_") else 1.0) - float(score)
 

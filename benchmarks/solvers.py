@@ -292,50 +292,50 @@ def _cv_loss(problem: Problem, params: dict[str, Any]) -> float:
 def _stopped_trial(problem: Problem, params: dict[str, Any]) -> Trial:
     """A setting, stopped after the epoch at which its validation loss, mean over folds, is lowest."""
     curves: list[list[float]] = []
-    for net, train, loss in _fits(problem, params):
+    for net, train, score in _fits(problem, params):
         curve: list[float] = []
-        _watch(net, _recorder(loss, curve))
+        _watch(net, _recorder(score, curve))
         net.fit(*train)
         curves.append(curve)
     mean = np.mean(curves, axis=0)
-    return Trial(params, float(mean.min()), epochs=int(mean.argmin()) + 1)
+    return Trial(params, problem.loss(mean.max()), epochs=int(mean.argmax()) + 1)
 
 
-def _recorder(loss: Callable[[Any], float], curve: list[float]) -> Callable[[int, Any], None]:
-    return lambda epoch, net: curve.append(loss(net))
+def _recorder(score: Callable[[Any], float], curve: list[float]) -> Callable[[int, Any], None]:
+    return lambda epoch, net: curve.append(score(net))
 
 
 def _cv_loss_by_epoch(problem: Problem, params: dict[str, Any], trial: optuna.Trial) -> float:
     """The cross-validated loss; the first fold reports its validation loss after every epoch and may be pruned there."""
-    losses: list[float] = []
-    for net, train, loss in _fits(problem, params):
-        if not losses:
+    scores: list[float] = []
+    for net, train, score in _fits(problem, params):
+        if not scores:
 
-            def report(epoch: int, model: Any, loss: Callable[[Any], float] = loss) -> None:
-                trial.report(loss(model), epoch)
+            def report(epoch: int, model: Any, score: Callable[[Any], float] = score) -> None:
+                trial.report(problem.loss(score(model)), epoch)
                 if trial.should_prune():
                     raise optuna.TrialPruned
 
             _watch(net, report)
-        losses.append(loss(net.fit(*train)))
-    return float(np.mean(losses))
+        scores.append(score(net.fit(*train)))
+    return problem.loss(np.mean(scores))
 
 
 def _fits(
     problem: Problem, params: dict[str, Any]
 ) -> Iterator[tuple[Any, tuple[np.ndarray, np.ndarray], Callable[[Any], float]]]:
-    """Of each fold a net to fit, its training rows, and the validation loss of a fitted net."""
+    """Of each fold a net to fit, its training rows, and the validation score of a fitted net."""
     for train, valid in problem.cv.split(problem.X, problem.y):
         model = clone(problem.estimator).set_params(**params)
         net, X_train, X_valid, y_train = _net(model), problem.X[train], problem.X[valid], problem.y[train]
         if isinstance(model, Pipeline):
             X_train = model[:-1].fit_transform(X_train, y_train)
             X_valid = model[:-1].transform(X_valid)
-        yield net, (X_train, y_train), partial(_loss, problem, X_valid, problem.y[valid])
+        yield net, (X_train, y_train), partial(_score, problem.scoring, X_valid, problem.y[valid])
 
 
-def _loss(problem: Problem, X: np.ndarray, y: np.ndarray, model: Any) -> float:
-    return problem.loss(get_scorer(problem.scoring)(model, X, y))
+def _score(scoring: str, X: np.ndarray, y: np.ndarray, model: Any) -> float:
+    return float(get_scorer(scoring)(model, X, y))
 
 
 def _watch(model: Any, see: Callable[[int, Any], bool | None]) -> None:

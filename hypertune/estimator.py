@@ -94,8 +94,8 @@ class TorchClassifier(ClassifierMixin, TorchEstimator):
 
     Attributes
     ----------
-    classes_ : ndarray of shape (n_classes,)
-        Class labels; with several labels their numbers.
+    classes_ : ndarray of shape (n_classes,), or list of ndarray
+        Class labels; with several labels for each row one array for each, of 0 and 1.
     module_ : nn.Module
         The trained module, in eval mode.
     loss_curve_ : list of float
@@ -185,7 +185,7 @@ class TorchClassifier(ClassifierMixin, TorchEstimator):
         if self._multilabel:
             self._learn_labels(y)
             return
-        self.classes_ = np.unique(all_y)
+        self.classes_: Any = np.unique(all_y)
         self.n_outputs_ = len(self.classes_)
         if self.n_outputs_ < 2:
             rows = "the data" if sample_weight is None else "what is left of the data where sample_weight is not zero"
@@ -195,16 +195,16 @@ class TorchClassifier(ClassifierMixin, TorchEstimator):
             )
 
     def _learn_labels(self, y: np.ndarray) -> None:
-        if issparse(y) or not np.isin(y, (0, 1)).all():
-            raise ValueError(
-                f"y of shape {y.shape} must hold a column of zeros and ones for each label, as a dense array. For several columns of classes "
-                f"put sklearn.multioutput.MultiOutputClassifier around {type(self).__name__} or around the search."
-            )
         self.n_outputs_, self._label_dtype = y.shape[1], y.dtype
-        self.classes_ = np.arange(self.n_outputs_)
+        self.classes_ = [np.array([0, 1])] * self.n_outputs_
 
     def _encode_targets(self, y: np.ndarray) -> Tensor:
         if self._multilabel:
+            if issparse(y) or not np.isin(y, (0, 1)).all():
+                raise ValueError(
+                    f"y of shape {y.shape} must hold a column of zeros and ones for each label, as a dense array. For several columns of "
+                    f"classes put sklearn.multioutput.MultiOutputClassifier around {type(self).__name__} or around the search."
+                )
             return self._tensor(y)
         codes = np.searchsorted(self.classes_, y).clip(0, len(self.classes_) - 1)
         if (unseen := self.classes_[codes] != y).any():

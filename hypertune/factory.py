@@ -200,7 +200,8 @@ def numbers_in(function: Any) -> dict[str, float]:
     """What an object that is called like a function keeps as numbers: a count of its calls, say."""
     if isinstance(function, functools.partial):
         return numbers_in(function.func)
-    return {k: v for k, v in getattr(function, "__dict__", {}).items() if isinstance(v, (int, float))}
+    holder = getattr(function, "__self__", function)  # of a method
+    return {k: v for k, v in getattr(holder, "__dict__", {}).items() if isinstance(v, (int, float))}
 
 
 def check_call(who: str, how: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:

@@ -161,7 +161,7 @@ class CustomLoss:
 def as_loss(criterion: Any, losses: Mapping[str, Loss], like: Tensor) -> Loss:
     """The per-row loss for ``criterion=``: a name out of ``losses``, a callable, or a class such as ``nn.HuberLoss``.
 
-    Of a module it is a copy, whose own tensors (weights of classes) have the dtype and the device of ``like``.
+    Of one of torch's modules it is a copy, whose tensors (weights of classes) have the dtype and the device of ``like``.
     """
     if isinstance(criterion, str):
         return losses[criterion]
@@ -173,12 +173,12 @@ def as_loss(criterion: Any, losses: Mapping[str, Loss], like: Tensor) -> Loss:
         raise ValueError(
             f"criterion={criterion!r} is for counts, and targets are standardised for it: criterion='poisson' is the same loss."
         )
-    if getattr(made, "reduction", None) == "sum":
+    if isinstance(made, nn.modules.loss._Loss) and made.reduction == "sum":
         raise ValueError(
             f"criterion={criterion!r} adds up rows (reduction='sum'), so that penalties, slopes and the validation loss would depend on how many "
             "there are: leave reduction at 'mean'."
         )
-    if isinstance(made, nn.Module):
+    if type(made).__module__.startswith("torch.nn."):
         made = copy.deepcopy(made).to(device=like.device, dtype=like.dtype)
     check_call(f"criterion {criterion!r}", "(outputs, targets)", getattr(made, "forward", made), None, None)
     return CustomLoss(made)

@@ -132,6 +132,7 @@ class BestResponse:
         ValueError
             For a name that was not tuned, a value out of its range, or a setting other than λ̂ if no response was learned.
         """
+        self._check_fold(fold)
         return self.objective.named(self._weights(self._lam([{} if params is None else params]))[fold, 0])
 
     def estimator_at(self, params: Mapping[str, Value] | None = None, *, fold: int = 0) -> Any:
@@ -149,8 +150,7 @@ class BestResponse:
         ValueError
             As in :meth:`weights`.
         """
-        if not 0 <= fold < len(self.folds):
-            raise ValueError(f"fold={fold}: there are {len(self.folds)}, numbered from 0.")
+        self._check_fold(fold)
         setting = self._complete({} if params is None else params)
         net = copy.deepcopy(self.folds[fold].net).set_params(**self._own(setting))
         net = net._adopt(self._module(net, self._lam([setting]), fold))
@@ -290,6 +290,10 @@ class BestResponse:
                     slopes[k] += share * torch.autograd.grad(loss.sum(), w)[0][0]
             found.append((variance * slopes.square()).sum(dim=1).sqrt().mean())
         return torch.stack(found).cpu().double()
+
+    def _check_fold(self, fold: int) -> None:
+        if not 0 <= fold < len(self.folds):
+            raise ValueError(f"fold={fold}: there are {len(self.folds)}, numbered from 0.")
 
     def _along(self, name: str, values: Sequence[Value]) -> Tensor:
         given: Any = values

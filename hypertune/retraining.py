@@ -8,7 +8,6 @@ K folds at once, from the initial weights, in the order of rows and by the optim
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -200,16 +199,13 @@ def _train(
 def _moves_each_by_itself(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a step moves each number by itself, without looking at the others: no hook and no step of the instance's own may do so."""
     hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
-    step = getattr(optimizer.step, "__func__", optimizer.step)  # which a scheduler has wrapped
-    return (
-        type(optimizer) in _ELEMENTWISE
-        and not any(hooks)
-        and inspect.unwrap(step) is inspect.unwrap(type(optimizer).step)
-    )
+    step = vars(optimizer).get("step")  # if a scheduler has put it there, around what was there before
+    own = step is not None and getattr(step, "__wrapped__", step) is not type(optimizer).step
+    return type(optimizer) in _ELEMENTWISE and not any(hooks) and not own
 
 
 class _FirstStep(NamedTuple):
-    """Of a fit of its own: initial weights (D,), the state of the random numbers after them, its sketch, and whether the augmentation counts."""
+    """Of a fit of its own: initial weights (D,), the state of the random numbers after them, its sketch, and whether functions of the user's count."""
 
     w: Tensor
     noise: tuple[Tensor, Tensor | None]
@@ -225,10 +221,11 @@ def _first_step(fold: Fold, setting: dict[str, Any], batch: Batch, seed: int) ->
     noise = rng_state(batch.x.device)
     objective = net._make_objective(module)
     net._check_outputs(objective, batch.x[0, :2])
-    w, counted = objective.initial_weights()[None].requires_grad_(), numbers_in(objective.augment)
+    w, own = objective.initial_weights()[None].requires_grad_(), (objective.augment, objective.penalty)
+    counted = [numbers_in(function) for function in own]
     loss = objective.train_loss(w, {}, batch)
     (gradient,) = torch.autograd.grad(loss.sum(), w)
-    counts = numbers_in(objective.augment) != counted  # its calls: of a stack there are more
+    counts = [numbers_in(function) for function in own] != counted  # their calls: of a stack there are more
     return _FirstStep(w.detach()[0], noise, _sketch(loss[0], gradient[0]), counts)
 
 

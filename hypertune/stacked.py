@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -38,6 +39,7 @@ from hypertune.modules import (
 )
 from hypertune.randomness import ONE_AT_A_TIME, rng_state, set_rng_state
 
+_CONTAINERS = (list, tuple, dict, deque)
 _CONVOLVED = 1_000_000  # multiplications for a row: larger convolutions are slower together, on a CPU
 _DROPOUT = 3  # the first of its streams of random numbers; those before are for whoever uses the module
 
@@ -289,7 +291,7 @@ class StackedModule:
         for path, sub in self._fresh.named_modules():
             now = vars(self._modules[True].get_submodule(path))
             for name, before in vars(sub).items():
-                may_hold = before is None or isinstance(before, (Tensor, list, tuple, dict))
+                may_hold = before is None or isinstance(before, (Tensor, *_CONTAINERS))
                 if name in OF_EVERY_MODULE or not may_hold:
                     continue
                 if any(is_batchedtensor(t) for t in _tensors(now.get(name))):
@@ -442,9 +444,10 @@ def _no_fast_path() -> Iterator[None]:
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    """A tensor, or those in a list, tuple or dict."""
-    values = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else [value]
-    return [one for one in values if isinstance(one, Tensor)]
+    """A tensor, or those in a container."""
+    if not isinstance(value, _CONTAINERS):
+        return [value] if isinstance(value, Tensor) else []
+    return [t for one in (value.values() if isinstance(value, dict) else value) for t in _tensors(one)]
 
 
 def _same_state(one: tuple[Tensor, Tensor | None], other: tuple[Tensor, Tensor | None]) -> bool:

@@ -95,7 +95,8 @@ def hyper_train(
     """
     begin = time.perf_counter()
     net, K = folds[0].net, len(folds)
-    recipe = choose(algorithm, space, _differentiable(space, prefix, objective))
+    with isolated(seed, net.device):  # a penalty may draw
+        recipe = choose(algorithm, space, _differentiable(space, prefix, objective))
     with isolated(seed, net.device):
         if n_inits is None:
             several = objective.stacked and not recipe.implicit.any()

@@ -72,7 +72,7 @@ ROOMS = {  # room -> the rooms it may import from
             "tunable",
         ),
     },
-    "retraining": {"arrays", "batches", "net", "objective", "randomness", "response", "space", "training"},
+    "retraining": {"arrays", "batches", "factory", "net", "objective", "randomness", "response", "space", "training"},
     "starts": {"batches", "hyperprior", "objective", "response", "retraining", "space"},
     "candidates": {"objective", "response", "retraining", "space"},
     "folds": {"batches", "net", "response", "skorch"},

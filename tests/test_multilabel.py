@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
@@ -12,7 +13,7 @@ from sklearn.base import clone
 from sklearn.datasets import make_multilabel_classification
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
-from sklearn.model_selection import cross_val_score
+from sklearn.model_selection import KFold, PredefinedSplit, cross_val_score
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.multioutput import MultiOutputClassifier
 from sklearn.preprocessing import StandardScaler
@@ -55,7 +56,7 @@ def test_a_linear_model_is_a_logistic_regression_for_each_label(labelled):
     assert_allclose(np.exp(net.predict_log_proba(X)), net.predict_proba(X))
     assert_array_equal(net.predict(X), logistic.predict(X))
     assert net.predict(X).dtype == Y.dtype
-    assert_array_equal(net.classes_, np.arange(4))
+    assert_array_equal(net.classes_, [[0, 1]] * 4)
     assert net.score(X, Y) == (net.predict(X) == Y).all(axis=1).mean()
 
 
@@ -84,6 +85,44 @@ def test_the_search_tunes_it_and_its_scores_are_those_of_fits_of_their_own(label
     assert search.best_score_ >= cross_val_score(NET, X, Y, cv=3, scoring="roc_auc").mean() - 1e-3
     assert search.predict_proba(X).shape == Y.shape
     assert search.history_["validation_loss"][-1] < search.history_["validation_loss"][0]
+
+
+def test_two_labels_are_no_two_classes(labelled):
+    """scikit-learn's scorers look at classes_."""
+    X, Y = labelled
+    search = HyperTrainingSearchCV(
+        clone(NET).set_params(max_epochs=3), {"weight_decay": loguniform(1e-6, 1e1)}, cv=3, random_state=0, refit="roc_auc",
+        scoring=["roc_auc", "average_precision", "f1_micro", "accuracy"], error_score="raise",
+    ).fit(X, Y[:, :2])  # fmt: skip
+    assert search.predict_proba(X).shape == (120, 2)
+    assert search.best_score_ > 0.5
+
+
+def test_labels_of_any_form_with_weights_and_without_retraining(labelled):
+    X, Y = labelled
+    rare = Y.copy()
+    rare[:, 3] = np.arange(120) == 5  # no fold validates and trains on it
+    weight = np.linspace(0.5, 2, 120)
+    found = []
+    for form in (rare, rare.tolist(), pd.DataFrame(rare, columns=list("abcd")), rare.astype(bool), rare.astype(float)):
+        search = HyperTrainingSearchCV(
+            clone(NET).set_params(max_epochs=5), {"weight_decay": loguniform(1e-6, 1e1)}, cv=KFold(3), random_state=0, evaluate="hypernetwork"
+        ).fit(X, form, sample_weight=weight)  # fmt: skip
+        found.append(search.predict_proba(X))
+        assert_array_equal(search.best_response_.estimator_at(fold=1).predict_proba(X).shape, Y.shape)
+    for other in found[1:]:
+        assert_array_equal(other, found[0])
+
+
+def test_a_validation_label_that_is_no_zero_or_one_is_refused(labelled):
+    X, Y = labelled
+    wrong = Y.copy()
+    wrong[100, 0] = 2
+    search = HyperTrainingSearchCV(
+        NET, {"weight_decay": loguniform(1e-6, 1e1)}, cv=PredefinedSplit(np.r_[[-1] * 90, [0] * 30])
+    )
+    with pytest.raises(ValueError, match="zeros and ones for each label"):
+        search.fit(X, wrong)
 
 
 def test_its_hypergradient_is_right(labelled):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import pickle
 import types
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from scipy.stats import loguniform, uniform
 from sklearn.base import clone
 from sklearn.metrics import log_loss
-from sklearn.model_selection import KFold, cross_val_score
+from sklearn.model_selection import KFold, ShuffleSplit, cross_val_score
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -27,6 +28,9 @@ y = (X[:, 0] + X[:, 1] + 0.5 * _rng.normal(size=90) > 0).astype(int)
 DECAY = {"weight_decay": loguniform(1e-4, 1e1)}
 NET = TorchClassifier(dtype="float64", max_epochs=4, batch_size=16, random_state=7, lr=1e-2)
 CODES = {"num": [0, 1, 2], "code": [3, 4]}
+
+
+ONE_SPLIT = ShuffleSplit(1, test_size=0.3, random_state=0)  # one fold alone has no other that counts, too
 
 
 def search(space: Any = DECAY, **params: Any) -> HyperTrainingSearchCV:
@@ -225,6 +229,19 @@ def clipped_by_its_own_step(params, lr):
     return optimizer
 
 
+def clipped_around_its_step(params, lr):
+    optimizer = torch.optim.SGD(params, lr=lr)
+    inner = optimizer.step
+
+    @functools.wraps(type(optimizer).step)
+    def step(self, closure=None):
+        nn.utils.clip_grad_norm_(self.param_groups[0]["params"], 0.05)
+        return inner()
+
+    optimizer.step = types.MethodType(step, optimizer)
+    return optimizer
+
+
 class Curriculum:
     """An augmentation that counts its calls."""
 
@@ -237,18 +254,30 @@ class Curriculum:
         return x * (1 + spread * torch.randn(len(x), 1, generator=generator, dtype=x.dtype))
 
 
-class Queue(nn.Module):
-    """Tensors in a list."""
+class CountedPenalty:
+    """Grows with its calls."""
 
-    def __init__(self, n: int, m: int):
+    def __init__(self):
+        self.calls = 0
+
+    def growing(self, weights, strength=0.01):
+        self.calls += 1
+        return strength * (0.0 if self.calls < 12 else 1.0) * weights["1.weight"].square().sum()
+
+
+class Queue(nn.Module):
+    """Tensors in a container."""
+
+    def __init__(self, n: int, m: int, kind: Any = list):
         super().__init__()
-        self.hidden, self.out, self.queue = nn.Linear(n, 8), nn.Linear(8, m), []
+        self.hidden, self.out, self.queue = nn.Linear(n, 8), nn.Linear(8, m), kind()
 
     def forward(self, x):
         h = torch.relu(self.hidden(x))
         if self.training:
             h = h + 0.5 * torch.stack([*self.queue, torch.zeros_like(h[0])]).mean(0)
-            self.queue = [*self.queue, h.detach().mean(0)][-4:]
+            self.queue.append(h.detach().mean(0))
+            self.queue = type(self.queue)(list(self.queue)[-4:])
         return self.out(h)
 
 
@@ -290,6 +319,12 @@ ODD: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "moving mean": ({"module": MovingMean}, DECAY),
     "clipped": ({"module": MLP((8,)), "optimizer": clipped, "lr": 0.5}, DECAY),
     "clipped by its own step": ({"module": MLP((8,)), "optimizer": clipped_by_its_own_step, "lr": 0.5}, DECAY),
+    "clipped around its step": ({"module": MLP((8,)), "optimizer": clipped_around_its_step, "lr": 0.5}, DECAY),
+    "growing penalty": (
+        {"module": MLP((8,)), "penalty": CountedPenalty().growing},
+        {"penalty__strength": loguniform(1e-2, 1e2)},
+    ),
+    "queue, deque": ({"module": functools.partial(Queue, kind=deque)}, DECAY),
     "curriculum": ({"module": MLP((8,)), "augment": Curriculum()}, {"augment__spread": uniform(0, 0.5)}),
     "queue": ({"module": Queue}, DECAY),
     "energy": ({"module": Energy}, DECAY),
@@ -302,19 +337,19 @@ ODD: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.filterwarnings("ignore:The folds are trained one after the other")
-@pytest.mark.parametrize("seed", [0, 7])  # 7 is the estimator's
+@pytest.mark.parametrize(("seed", "cv"), [(0, KFold(3)), (7, KFold(3)), (0, ONE_SPLIT)])  # 7 is the estimator's
 @pytest.mark.parametrize("odd", ODD)
-def test_what_is_verified_is_a_fit_of_its_own(odd: str, seed: int):
+def test_what_is_verified_is_a_fit_of_its_own(odd: str, seed: int, cv: Any):
     params, space = ODD[odd]
     rows = X.copy()
     if odd == "codes in one fold":
         rows[5, 3] = 0.5
     before = torch.get_rng_state()
-    found = search(space, **params).set_params(random_state=seed).fit(rows, y)
+    found = search(space, **params).set_params(random_state=seed, cv=cv).fit(rows, y)
     assert torch.equal(torch.get_rng_state(), before)
     for setting, score in zip(found.cv_results_["params"], found.cv_results_["mean_test_score"], strict=True):
         alone = clone(NET).set_params(**params, **setting)
-        own = cross_val_score(alone, rows, y, cv=KFold(3), scoring="neg_log_loss").mean()
+        own = cross_val_score(alone, rows, y, cv=cv, scoring="neg_log_loss").mean()
         assert_allclose(score, own, rtol=1e-7)
 
 
@@ -552,6 +587,32 @@ def test_a_keyword_that_reaches_the_module_by_another_way_too_is_refused(route):
         ValueError, match=r"module__dropout.*sets first\.p in the module, and something else .* trains otherwise"
     ):
         search({"module__dropout": uniform(0, 0.8)}, module=model_factory(Net)).fit(X, y)
+
+
+def test_noise_of_numpys_is_no_reason_to_refuse_a_keyword():
+    class Net(nn.Linear):
+        def __init__(self, n, m, dropout=0.0):
+            super().__init__(n, m)
+            self.rate = dropout
+
+        def forward(self, x):
+            kept = np.random.default_rng().random(x.shape[-1]) >= float(self.rate) if self.training else np.ones(5)
+            return super().forward(x * torch.as_tensor(kept).to(x))
+
+    with pytest.warns(UserWarning, match="one after the other"):
+        search({"module__dropout": uniform(0, 0.8)}, module=model_factory(Net), max_epochs=2).fit(X, y)
+
+
+def test_weights_that_make_no_number_are_no_reason_to_refuse_a_keyword():
+    class Net(nn.Sequential):
+        def __init__(self, n, m, dropout=0.1):
+            super().__init__(nn.Dropout(dropout), nn.Linear(n, m))
+            self.scale = nn.Parameter(torch.full((m,), 0.1))
+
+        def forward(self, x):
+            return super().forward(x) * self.scale.sqrt()
+
+    search({"module__dropout": uniform(0, 0.8)}, module=model_factory(Net), max_epochs=2).fit(X, y)
 
 
 def test_no_two_modules_alike_are_no_reason_to_refuse_a_keyword():

@@ -43,8 +43,10 @@ def test_the_best_response_answers_at_any_setting(fitted, iris):
         response.validation_loss({"lr": 0.1})
     with pytest.raises(ValueError, match="outside its declared range"):
         response.estimator_at({"weight_decay": 100.0})
-    with pytest.raises(ValueError, match="fold=7: there are"):
-        response.estimator_at(fold=7)
+    for ask in (response.estimator_at, response.weights):
+        for fold in (7, -1):
+            with pytest.raises(ValueError, match=f"fold={fold}: there are"):
+                ask(fold=fold)
     with pytest.raises(TypeError, match=r"A setting is a dict .* got 0\.001"):
         response.weights(1e-3)
     for values in (1e-3, []):
