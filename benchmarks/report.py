@@ -23,7 +23,15 @@ from benchmarks.solvers import Found
 from hypertune.space import Space
 
 _SHOWN = 20  # paths of one hyperparameter of a finer grain
-_COLORS = {"hypertune": "C3", "tpe": "C0", "random": "C2", "defaults": "0.5", "hyperband": "k"}
+_COLORS = {
+    "hypertune": "C3",
+    "tpe": "C0",
+    "random": "C2",
+    "defaults": "0.5",
+    "hyperband": "k",
+    "early-stop": "tab:olive",
+    "halving": "gold",
+}
 
 
 def table(rows: Sequence[Found]) -> str:
