@@ -53,7 +53,7 @@ class TensorDropout(nn.Module):
         if not self.training or is_zero(self.p):
             return x
         p = self.p.view(-1, *(1,) * (x.dim() - 1)) if isinstance(self.p, Tensor) else self.p
-        return x * ((self._noise(x[0]) >= p) / (1 - p))
+        return x * ((self._noise(x[0]) >= p).to(x.dtype) / (1 - p))  # whatever the default dtype
 
     def _noise(self, x: Tensor) -> Tensor:
         cells = (*x.shape[:2], *(1,) * (x.dim() - 2)) if self.channelwise else x.shape

@@ -543,6 +543,7 @@ def test_it_runs_whatever_mode_and_default_dtype_the_caller_has(iris):
     torch.set_default_dtype(torch.float64)
     try:
         found = search(**params).fit(*iris)
+        clone(NET).set_params(max_epochs=1, module__dropout=0.3).fit(*iris)
     finally:
         torch.set_default_dtype(torch.float32)
     assert found.best_params_ == pytest.approx(expected.best_params_, rel=1e-4)
