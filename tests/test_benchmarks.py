@@ -145,6 +145,15 @@ def test_early_stopping_is_chosen_on_validation_rows_and_the_last_fit_is_stopped
     problem = replace(problem, estimator=problem.estimator.set_params(torchclassifier__max_epochs=30))
     (trial,) = solvers.early_stopping(problem, 1.0)
     assert 1 < trial.epochs < 30
+    curves = []
+    for train, valid in problem.cv.split(problem.X, problem.y):
+        model, own = clone(problem.estimator), (problem.X[valid], problem.y[valid])
+        curves.append([])
+        solvers._watch(model, lambda _, net, own=own, scale=model[0]: curves[-1].append(
+            log_loss(own[1], net.predict_proba(scale.transform(own[0])))
+        ))  # fmt: skip
+        model.fit(problem.X[train], problem.y[train])
+    assert np.argmin(np.mean(curves, axis=0)) == trial.epochs - 1
     whole, stopped = solvers.run("defaults", problem), solvers.run("early-stop", problem)
     assert stopped.cv_loss == trial.loss < whole.cv_loss
     X, X_test = (StandardScaler().fit(problem.X).transform(Z) for Z in (problem.X, problem.X_test))

@@ -20,7 +20,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from hypertune import MLP, HyperTrainingSearchCV, TorchClassifier, check_hypergradient, per_feature
-from hypertune.losses import binary_cross_entropy, cross_entropy, labels_squared_error, nats_per_unit
+from hypertune.losses import binary_cross_entropy, cross_entropy, labels_squared_error, nats_per_unit, output_scale
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +42,7 @@ def test_the_losses_are_those_of_as_many_problems_of_two_classes():
     assert_allclose(binary_cross_entropy(outputs, y.float()).mean(), nn.BCEWithLogitsLoss()(outputs, y.float()))
     smoothed = y * (1 - smoothing[..., None]) + smoothing[..., None] / 2
     assert_allclose(labels_squared_error(outputs, y.float(), smoothing), (outputs - smoothed).square().mean(-1))
+    assert output_scale(binary_cross_entropy, y.float()) == 1
     assert float(nats_per_unit(binary_cross_entropy, torch.tensor(0.4), 3)) == 3
 
 
