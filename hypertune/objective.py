@@ -293,9 +293,12 @@ class Objective(StackedModule):
 
     def penalty_follows(self, keyword: str) -> bool:
         """Whether the user's penalty has a derivative in one of its hyperparameters: not if it makes a plain number of it."""
-        weights, value = self.named(self.initial_weights()[None]), self._like.new_tensor([0.5]).requires_grad_()
+        weights, value = self.named(torch.randn_like(self.initial_weights())[None]), self._like.new_tensor([0.5])
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # that it does
-            return self._own_penalty(weights, {keyword: value}, 1).requires_grad
+            try:
+                return self._own_penalty(weights, {keyword: value.requires_grad_()}, 1).requires_grad
+            except Exception:  # it takes no such weights or value: training will tell
+                return True
 
     def _half_squares(self, strength: Strength, named: Mapping[str, Tensor]) -> Value:
         """Σ over penalised weights of strength · ½w², (M,); a strength is one per model, or a dict of them by parameter."""

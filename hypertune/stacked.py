@@ -443,11 +443,12 @@ def _no_fast_path() -> Iterator[None]:
             mha.set_fastpath_enabled(enabled)
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    """A tensor, or those in a container."""
+def _tensors(value: Any, depth: int = 2) -> list[Tensor]:
+    """A tensor, or those in a container, or in one inside it."""
     if not isinstance(value, _CONTAINERS):
         return [value] if isinstance(value, Tensor) else []
-    return [t for one in (value.values() if isinstance(value, dict) else value) for t in _tensors(one)]
+    inside = value.values() if isinstance(value, dict) else value
+    return [t for one in inside for t in _tensors(one, depth - 1)] if depth else []
 
 
 def _same_state(one: tuple[Tensor, Tensor | None], other: tuple[Tensor, Tensor | None]) -> bool:

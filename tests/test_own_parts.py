@@ -87,6 +87,15 @@ def test_a_penalty_that_makes_a_plain_number_of_its_hyperparameter_is_for_method
     search(net, {"penalty__strength": loguniform(1e-4, 1)}).fit(*iris)
 
 
+def test_a_penalty_that_takes_numbers_of_its_range_alone_is_tuned_with_a_hypernetwork(iris):
+    def particular(weights, strength=1.5):
+        if strength < 1:
+            raise ValueError("never declared")
+        return 0.01 * strength * weights["1.weight"].square().sum()
+
+    search(clone(NET).set_params(penalty=particular), {"penalty__strength": uniform(1, 1)}).fit(*iris)
+
+
 def test_a_grid_search_takes_them_too(iris):
     found = GridSearchCV(NET, {"penalty__strength": [0.1, 1.0]}, cv=2).fit(*iris)
     assert found.best_estimator_.penalty.keywords["strength"] == found.best_params_["penalty__strength"]
