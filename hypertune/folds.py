@@ -1,6 +1,6 @@
 """The splits of a search, each preprocessed and encoded as scikit-learn would give it to the estimator; and who that is.
 
-folds = make_folds(estimator, X, y, cv.split(X, y), {"sample_weight": weight}, weighs_rows=False, pads=True)
+folds = make_folds(estimator, X, y, cv.split(X, y), {"sample_weight": weight}, weighs_rows=False, pads=True, by_column=False)
 """
 
 from __future__ import annotations

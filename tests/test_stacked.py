@@ -13,6 +13,7 @@ from hypertune.batches import Batch
 from hypertune.losses import cross_entropy, squared_error
 from hypertune.modules import differentiable_in_eval_mode, find_reach
 from hypertune.objective import Objective
+from hypertune.stacked import StackedModule
 
 
 def _net(dropout: float = 0.0) -> nn.Module:
@@ -384,3 +385,15 @@ def test_recurrent_layers_have_a_gradient_in_eval_mode_that_cudnn_gives_in_train
     own.dropout = 0.5  # what a tuned keyword would set
     assert_close(own(x)[0], layer(x)[0])
     assert_close(pickle.loads(pickle.dumps(own))(x)[0], layer(x)[0])
+
+
+def test_containers_that_hold_themselves_are_looked_into_no_further():
+    class Cyclic(nn.Linear):
+        def __init__(self):
+            super().__init__(3, 2)
+            self.tree = {}
+            self.tree["root"] = self.tree
+
+    stacked = StackedModule(Cyclic())
+    stacked.try_stacking(torch.zeros(2, 3), {})
+    assert stacked.stacked
