@@ -7,6 +7,7 @@ from sklearn.datasets import load_breast_cancer, load_digits, load_iris
 from sklearn.preprocessing import StandardScaler
 
 from hypertune.retraining import Retrained
+from tests.searches import search
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -44,3 +45,9 @@ def used(monkeypatch) -> list[bool]:
 
     monkeypatch.setattr(Retrained, "fit_known", recorded)
     return answers
+
+
+@pytest.fixture(scope="session")
+def fitted(iris):
+    """The search of tests/searches.py, fitted."""
+    return search().fit(*iris)

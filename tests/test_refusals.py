@@ -21,7 +21,7 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from torch import nn
 
 from hypertune import MLP, TorchClassifier, TorchRegressor, model_factory, per_feature, per_unit
-from tests.test_search import NET, search
+from tests.searches import NET, search
 
 
 @pytest.fixture

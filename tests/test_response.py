@@ -15,7 +15,7 @@ from sklearn.preprocessing import StandardScaler
 
 from benchmarks.band import measure_band
 from hypertune import MLP, BestResponse, HyperTrainingSearchCV, per_weight
-from tests.test_search import NET, SPACE, search
+from tests.searches import NET, SPACE, search
 
 
 @pytest.fixture(scope="module")
