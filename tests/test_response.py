@@ -18,11 +18,6 @@ from hypertune import MLP, BestResponse, HyperTrainingSearchCV, per_weight
 from tests.searches import NET, SPACE, search
 
 
-@pytest.fixture(scope="module")
-def fitted(iris) -> HyperTrainingSearchCV:
-    return search().fit(*iris)
-
-
 def test_the_best_response_answers_at_any_setting(fitted, iris):
     X, y = iris
     response = fitted.best_response_
