@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hypertune.dropout import Value, is_zero
 from hypertune.factory import check_call
-from hypertune.modules import Value, is_zero
 
 Loss = Callable[[Tensor, Tensor, Value], Tensor]
 

@@ -10,57 +10,15 @@ builds the module at three values of the keyword and sees which numbers move; du
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from types import CellType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-Value = float | Tensor
-
-_CALLS_APART = 2**20  # seeds of a layer that is called more than once; there are not so many layers
-
-
-def is_zero(value: Value) -> bool:
-    """Whether a hyperparameter is switched off for good: a plain 0, not a tensor that happens to be 0."""
-    return not isinstance(value, (Tensor, Mapping)) and value == 0
-
-
-class TensorDropout(nn.Module):
-    """``nn.Dropout`` (or 1d/2d/3d) with a rate that may be a tensor, in place of it in our copy of the module.
-
-    The uniform noise is compared with the rate, so models that share the noise and differ in the rate differ only
-    where the rates do: the common random numbers of the antithetic pairs. It comes from ``seed``, the next call's from another.
-    """
-
-    p: Value
-    channelwise: bool
-    seed: int
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or is_zero(self.p):
-            return x
-        # Under vmap this shape is one model's: the noise is drawn once and shared.
-        return x * (self._noise(x) >= self.p) / (1 - self.p)
-
-    def of_models(self, x: Tensor) -> Tensor:
-        """The same for M models at once, x (M, B, ...), without vmap; ``p`` may be (M,)."""
-        if not self.training or is_zero(self.p):
-            return x
-        p = self.p.view(-1, *(1,) * (x.dim() - 1)) if isinstance(self.p, Tensor) else self.p
-        return x * ((self._noise(x[0]) >= p).to(x.dtype) / (1 - p))  # whatever the default dtype
-
-    def _noise(self, x: Tensor) -> Tensor:
-        cells = (*x.shape[:2], *(1,) * (x.dim() - 2)) if self.channelwise else x.shape
-        generator = torch.Generator(x.device).manual_seed(self.seed)
-        self.seed += _CALLS_APART
-        return torch.rand(cells, dtype=x.dtype, device=x.device, generator=generator)
-
+from hypertune.dropout import TensorDropout
 
 _ELEMENTWISE = (
     nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.ELU, nn.SELU, nn.LeakyReLU, nn.Softplus, nn.Hardtanh, nn.Identity,
@@ -108,111 +66,6 @@ def run_layers(layers: list[tuple[str, nn.Module]], named: Mapping[str, Tensor],
         else:
             x = layer(x)
     return x
-
-
-_CHANNELWISE: dict[type[nn.Module], bool] = {
-    nn.Dropout: False,
-    nn.Dropout1d: True,
-    nn.Dropout2d: True,
-    nn.Dropout3d: True,
-}
-
-
-class _PaddedEmbedding(nn.Embedding):
-    """``nn.Embedding`` whose padding row has no gradient: vmap forgets ``padding_idx``."""
-
-    def forward(self, codes: Tensor) -> Tensor:
-        padding = torch.arange(self.num_embeddings, device=codes.device)[:, None].eq(self.padding_idx)  # type: ignore[arg-type]
-        weight = torch.where(padding, self.weight.detach(), self.weight)
-        return F.embedding(codes, weight, scale_grad_by_freq=self.scale_grad_by_freq)
-
-
-def with_own_layers(module: nn.Module) -> nn.Module:
-    """A copy of the module in which every stock dropout accepts a tensor as its rate. The two share their parameters.
-
-    The layers of the copy become ours in place, so that a list of the module's own that holds them, too, has the same ones.
-    """
-    module = copy.deepcopy(module, {id(p): p for p in module.parameters()})
-    for sub in module.modules():
-        if (channelwise := _CHANNELWISE.get(type(sub))) is not None:
-            sub.__class__ = TensorDropout
-            vars(sub).update(channelwise=channelwise, seed=0)
-        elif type(sub) is nn.Embedding and sub.padding_idx is not None:
-            sub.__class__ = _PaddedEmbedding
-    return module
-
-
-class _NoDropout:
-    """Of a recurrent layer in training mode: with it that is eval mode."""
-
-    dropout = property(lambda self: 0.0, lambda self, rate: None)
-
-
-class _RNN(_NoDropout, nn.RNN): ...
-
-
-class _LSTM(_NoDropout, nn.LSTM): ...
-
-
-class _GRU(_NoDropout, nn.GRU): ...
-
-
-_FEW = 8  # rows, times places in an image
-
-
-class _StatisticsThatRespond(_BatchNorm):
-    """Of BatchNorm in eval mode: the outputs are those by its running statistics, and the first derivative is that by the rows' own.
-
-    Running statistics are what training at the weights has left. As constants they would say that smaller weights in front of them
-    make smaller outputs, and what merely shrinks these would look like regularisation. A few rows have no statistics worth the name.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        self._check_input_dim(x)
-        few = x.numel() < _FEW * x.shape[1]
-        if few or self.running_mean is None or self.running_var is None or not torch.is_grad_enabled():
-            return super().forward(x)
-        with torch.no_grad():
-            rows = x.to(self.running_var.dtype)  # half precision has no room for squares
-            var, mean = torch.var_mean(rows, [0, *range(2, x.dim())], correction=0)
-            scale = (self.running_var + self.eps).rsqrt()
-            shift, scale = (mean - self.running_mean) * scale, (var + self.eps).sqrt() * scale
-        if self.weight is not None:
-            scale, shift = scale * self.weight, shift * self.weight
-        if self.bias is not None:
-            shift = shift + self.bias
-        return F.batch_norm(x, None, None, scale, shift, training=True, eps=self.eps)
-
-
-class _BatchNorm1d(_StatisticsThatRespond, nn.BatchNorm1d): ...
-
-
-class _BatchNorm2d(_StatisticsThatRespond, nn.BatchNorm2d): ...
-
-
-class _BatchNorm3d(_StatisticsThatRespond, nn.BatchNorm3d): ...
-
-
-_RECURRENT: dict[type[nn.Module], type[nn.Module]] = {nn.RNN: _RNN, nn.LSTM: _LSTM, nn.GRU: _GRU}
-_NORMS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.BatchNorm1d: _BatchNorm1d, nn.BatchNorm2d: _BatchNorm2d, nn.BatchNorm3d: _BatchNorm3d,
-}  # fmt: skip
-
-
-def differentiable_in_eval_mode(module: nn.Module) -> nn.Module:
-    """The module, in eval mode, with layers that have the right gradient there.
-
-    cuDNN gives that of recurrent layers in training mode only, and BatchNorm's statistics respond to the weights, unless they are frozen.
-    """
-    trained = [sub for sub in module.train().modules() if sub.training]
-    module.eval()
-    for sub in trained:
-        if (own := _RECURRENT.get(type(sub))) is not None:
-            sub.__class__ = own
-            sub.training = True
-        elif (own := _NORMS.get(type(sub))) is not None and sub.momentum != 0:
-            sub.__class__ = own
-    return module
 
 
 def refuse_modules(module: nn.Module) -> None:

@@ -34,8 +34,9 @@ import torch
 from torch import Tensor, nn
 
 from hypertune.batches import Batch
+from hypertune.dropout import Value, is_zero
 from hypertune.losses import CustomLoss, Loss
-from hypertune.modules import Reach, Value, is_zero
+from hypertune.modules import Reach
 from hypertune.penalties import half_squares, half_squares_of, of_models
 from hypertune.stacked import StackedModule
 

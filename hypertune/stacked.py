@@ -12,6 +12,7 @@ run by batched matrix products, other modules under ``torch.func.vmap``, and tho
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,21 +27,18 @@ from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from hypertune.modules import (
-    OF_EVERY_MODULE,
-    Reach,
-    TensorDropout,
-    Value,
-    differentiable_in_eval_mode,
-    is_zero,
-    plain_layers,
-    run_layers,
-    with_own_layers,
-)
+from hypertune.dropout import Drops, Value
+from hypertune.layers import differentiable_in_eval_mode, with_own_layers
+from hypertune.modules import OF_EVERY_MODULE, Reach, plain_layers, run_layers
 from hypertune.randomness import ONE_AT_A_TIME, rng_state, set_rng_state
+from hypertune.recurrent import TensorRecurrent
 
 _CONTAINERS = (list, tuple, dict, deque)
 _CONVOLVED = 1_000_000  # multiplications for a row: larger convolutions are slower together, on a CPU
+_RECURRENT, _LSTM = (
+    400_000,
+    40_000,
+)  # and larger recurrent layers, step by step; torch's own LSTM is the fastest of them
 _DROPOUT = 3  # the first of its streams of random numbers; those before are for whoever uses the module
 
 
@@ -103,7 +101,7 @@ class StackedModule:
         training, evaluation = (copy.deepcopy(self._fresh, dict(shared)) for _ in range(2))
         self._modules = {True: training.train(), False: differentiable_in_eval_mode(evaluation)}
         self._layers = {mode: plain_layers(own) for mode, own in self._modules.items()}
-        self._dropouts = [sub for sub in training.modules() if isinstance(sub, TensorDropout)]
+        self._dropouts = [sub for sub in training.modules() if isinstance(sub, Drops)]
 
     def __getstate__(self) -> dict[str, Any]:
         # What a module remembers of a stacked pass cannot be pickled.
@@ -169,7 +167,7 @@ class StackedModule:
         for path, sub in self._fresh.named_modules():
             now = vars(self._modules[True].get_submodule(path))
             for name, before in vars(sub).items():
-                if name == "training" or isinstance(sub, TensorDropout):  # are set for every pass
+                if name == "training":  # is set for every pass
                     continue
                 value = now.get(name)
                 if isinstance(value, Tensor) and not is_batchedtensor(value):
@@ -235,7 +233,8 @@ class StackedModule:
         with torch.no_grad(), self._noting_calls():
             self.outputs(self.named(w[None]), x[None], values, training=False, fold=0)
         noise, counter = rng_state(x.device), FlopCounterMode(display=False)
-        with torch.no_grad(), suppress(RuntimeError), counter:  # it cannot count where a forward differentiates
+        # It cannot count where a forward differentiates, nor inside the fused kernels of recurrent layers.
+        with torch.no_grad(), suppress(RuntimeError), self._step_by_step(), counter:
             self.outputs(self.named(w[None]), x[None], values, training=False, fold=0)
         set_rng_state(noise, x.device)
         self.cost = max(self.D, counter.get_total_flops() // (2 * len(x)))
@@ -254,7 +253,7 @@ class StackedModule:
             before = self.with_statistics_of(1, 1).statistics
             self._written = [k for k, b in trained.statistics.items() if not _same(before[k], b)]
             self.keep_statistics_of(self._models)
-        if self._layers[True] is None and x.device.type == "cpu" and self.cost > max(_CONVOLVED, 4 * self.D):
+        if self._layers[True] is None and self.cost > self._most_together(x.device):
             self.stacked = False
             return
         try:
@@ -280,11 +279,31 @@ class StackedModule:
             why = (str(error).partition(" We don't support")[0].splitlines() or [type(error).__name__])[0]
             warnings.warn(
                 f"The folds are trained one after the other: {type(self._modules[True]).__name__} does not work under "
-                f"torch.func.vmap ({why}). What does not: recurrent layers, branches that depend on values, F.dropout with a tuned "
+                f"torch.func.vmap ({why}). What does not: packed sequences, branches that depend on values, F.dropout with a tuned "
                 "rate (nn.Dropout does).",
                 UserWarning,
                 stacklevel=2,
             )
+
+    def _most_together(self, device: torch.device) -> float:
+        """Multiplications for a row beyond which models are faster one after the other."""
+        if recurrent := self._recurrent():
+            return _LSTM if any(isinstance(sub, nn.LSTM) for sub in recurrent) else _RECURRENT
+        return max(_CONVOLVED, 4 * self.D) if device.type == "cpu" else math.inf
+
+    def _recurrent(self) -> list[TensorRecurrent]:
+        return [sub for sub in self._modules[False].modules() if isinstance(sub, TensorRecurrent)]
+
+    @contextmanager
+    def _step_by_step(self) -> Iterator[None]:
+        """In eval mode without the fused kernels of recurrent layers."""
+        for layer in self._recurrent():
+            layer.fused = False
+        try:
+            yield
+        finally:
+            for layer in self._recurrent():
+                layer.fused = True
 
     def _replaced(self) -> str:
         """The name of a plain attribute, if there is one, that a stacked pass put a tensor for all models in."""
@@ -422,8 +441,7 @@ class StackedModule:
                     changed.append((sub, name, getattr(sub, name)))
                     setattr(sub, name, a + b * rate)
             for number, dropout in enumerate(self._dropouts if training else (), start=_DROPOUT):
-                if not is_zero(dropout.p):
-                    dropout.seed = self._seed + number
+                dropout.seed = self._seed + number
             yield
         finally:
             for sub, name, value in reversed(changed):

@@ -1,7 +1,6 @@
 """M models in one pass are M models: weights, dropout, running statistics, and what can be stacked."""
 
 import copy
-import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -10,8 +9,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from hypertune.batches import Batch
+from hypertune.layers import differentiable_in_eval_mode
 from hypertune.losses import cross_entropy, squared_error
-from hypertune.modules import differentiable_in_eval_mode, find_reach
+from hypertune.modules import find_reach
 from hypertune.objective import Objective
 from hypertune.stacked import StackedModule
 
@@ -374,17 +374,6 @@ def test_weights_go_into_no_other_architecture():
     objective = Objective(_net(), cross_entropy)
     with pytest.raises(ValueError, match="other parameters than before"):
         objective.load_into(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), objective.initial_weights())
-
-
-@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
-def test_recurrent_layers_have_a_gradient_in_eval_mode_that_cudnn_gives_in_training_mode_only(kind: type[nn.RNNBase]):
-    torch.manual_seed(0)
-    layer = kind(3, 4, num_layers=2, dropout=0.9, batch_first=True).eval()
-    own, x = differentiable_in_eval_mode(copy.deepcopy(layer)), torch.randn(2, 5, 3)
-    assert own.training
-    own.dropout = 0.5  # what a tuned keyword would set
-    assert_close(own(x)[0], layer(x)[0])
-    assert_close(pickle.loads(pickle.dumps(own))(x)[0], layer(x)[0])
 
 
 def test_containers_that_hold_themselves_are_looked_into_no_further():

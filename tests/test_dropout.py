@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import loguniform, uniform
+from sklearn.base import clone
+from sklearn.model_selection import KFold, cross_val_score
+from torch import nn
+from torch.testing import assert_close
+
+from hypertune import HyperTrainingSearchCV, TorchClassifier, model_factory
+from hypertune.layers import with_own_layers
+from hypertune.modules import find_reach
+from hypertune.stacked import StackedModule
+
+FORMS: list[dict[str, Any]] = [
+    {},
+    {"batch_first": True, "bias": False},
+    {"kdim": 3, "vdim": 5, "batch_first": True},
+    {"add_bias_kv": True, "add_zero_attn": True},
+]
+
+
+def _rows(form: dict[str, Any], *, batch: int = 3, sources: int = 6) -> list[torch.Tensor]:
+    sizes = [(4, 8), (sources, form.get("kdim", 8)), (sources, form.get("vdim", 8))]
+    rows = [torch.randn(batch, length, size, dtype=torch.float64) for length, size in sizes]
+    return rows if form.get("batch_first") else [r.transpose(0, 1) for r in rows]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_attention_without_its_dropout_is_torchs(form, masked, monkeypatch):
+    torch.manual_seed(0)
+    layer, rows = nn.MultiheadAttention(8, 2, dropout=0.5, **form).double(), _rows(form)
+    own = with_own_layers(layer)
+    monkeypatch.setattr(type(own), "_dropped", lambda self, weights, rate: weights)
+    masks: dict[str, Any] = {}
+    if masked:
+        masks = {
+            "key_padding_mask": torch.tensor([[False] * 4 + [True] * 2] * 3),
+            "attn_mask": torch.ones(4, 6).triu(2) > 0,
+        }
+    for asked in ({}, {"need_weights": False}, {"average_attn_weights": False}):
+        layer.dropout = 0.0
+        for found, expected in zip(own(*rows, **masks, **asked), layer(*rows, **masks, **asked), strict=True):
+            if expected is None:
+                assert found is None
+            else:
+                assert_close(found, expected)
+
+
+def test_the_share_of_attention_that_is_dropped_is_the_rate_and_the_outputs_are_without_it():
+    torch.manual_seed(0)
+    layer, rows = nn.MultiheadAttention(8, 2, dropout=0.3, batch_first=True), torch.randn(20, 30, 8)
+    own = with_own_layers(layer)
+    outputs, weights = own(rows, rows, rows, average_attn_weights=False)
+    _, before = layer.eval()(rows, rows, rows, average_attn_weights=False)
+    kept = weights != 0
+    assert float(kept.float().mean()) == pytest.approx(0.7, abs=0.01)
+    assert_close(weights[kept], before[kept] / 0.7)
+    values = nn.functional.linear(rows, layer.in_proj_weight[16:], layer.in_proj_bias[16:]).view(20, 30, 2, 4)
+    joined = torch.einsum("bhts,bshe->bthe", weights, values).flatten(2)
+    assert_close(outputs, layer.out_proj(joined))
+    assert own.dropout == 0.3
+
+
+@model_factory
+class Encoder(nn.Module):
+    """One rate for torch's whole encoder layer, as people have it."""
+
+    def __init__(self, shape, m, dropout=0.1):
+        super().__init__()
+        self.embed, self.out = nn.Linear(shape[1], 8), nn.Linear(8, m)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=dropout, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, x):
+        return self.out(self.encoder(self.embed(x)).mean(dim=1))
+
+
+def test_models_of_different_attention_dropout_have_the_noise_that_each_has_alone():
+    torch.manual_seed(0)
+    reach = find_reach(lambda rate: Encoder(dropout=rate)((5, 3), 2), 0.1, 0.5)
+    stacked = StackedModule(Encoder(dropout=0.1)((5, 3), 2).double(), reach={"dropout": reach})
+    x, rates = torch.randn(7, 5, 3, dtype=torch.float64), torch.tensor([0.0, 0.1, 0.6], dtype=torch.float64)
+    assert any(r.path.endswith("self_attn") for r in reach)
+    stacked.try_stacking(x, {"dropout": 0.2})
+    assert stacked.stacked
+    stacked.draw_streams()
+    w = stacked.initial_weights().repeat(3, 1)
+    together = stacked.outputs(stacked.named(w), x.expand(3, -1, -1, -1), {"dropout": rates}, training=True)
+    for m, rate in enumerate(rates.tolist()):
+        assert_close(together[m], stacked.outputs(stacked.named(w[:1]), x[None], {"dropout": rate}, training=True)[0])
+
+
+def test_a_transformer_with_one_dropout_for_all_is_tuned_with_all_folds_in_one_pass(used):
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(60, 4, 2))
+    y = (X.sum(axis=(1, 2)) + 0.5 * rng.normal(size=60) > 0).astype(int)
+    net = TorchClassifier(Encoder, dtype="float64", max_epochs=4, batch_size=16, lr=1e-2, random_state=0)
+    space = {"weight_decay": loguniform(1e-6, 1e1), "module__dropout": uniform(0, 0.8)}
+    found = HyperTrainingSearchCV(net, space, cv=KFold(3), scoring="neg_log_loss", random_state=0).fit(X, y)
+    assert found.best_response_.objective.stacked
+    assert used.count(True) == 3 * len(found.cv_results_["params"])
+    for params, score in zip(found.cv_results_["params"], found.cv_results_["mean_test_score"], strict=True):
+        alone = cross_val_score(clone(net).set_params(**params), X, y, cv=KFold(3), scoring="neg_log_loss")
+        assert score == pytest.approx(alone.mean(), rel=1e-6)
