@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, Protocol
 
 import torch
@@ -155,9 +156,7 @@ def joint(
     ------
     Step
     """
-    number = 0
-    while True:
-        number += 1
+    for number in count(1):
         if (number - 1) % every:
             yield Step(number, descend_w(problem, hypernetwork, phi_optimizer, lam_hat), None)  # λ = λ̂, φ = w₀
             continue
@@ -187,9 +186,7 @@ def simplified(
     The parameters are those of :func:`joint`. The centre of the hypernetwork must stay where it is and V must not be
     zero, or λ̂ would never start to move.
     """
-    number = 0
-    while True:
-        number += 1
+    for number in count(1):
         train = _descend_phi(
             problem, hypernetwork, phi_optimizer, lam_hat.detach()[None], lam_hat
         )  # φ ← φ − α ∇_φ L_Train(w_φ(λ̂), λ̂, x)
@@ -223,9 +220,7 @@ def fit_response(
     m : int, default=2
         Sampled λ per minibatch.
     """
-    number = 0
-    while True:
-        number += 1
+    for number in count(1):
         lam = inside(sample(m), problem)  # λ ~ p(λ)
         yield Step(
             number, _descend_phi(problem, hypernetwork, phi_optimizer, lam, lam_hat), None
@@ -241,9 +236,7 @@ def descend_response(
     adjoint: Adjoint | None = None,
 ) -> Iterator[Step]:
     """Algorithm 2, second loop: descend L_Valid(w_φ(λ̂), x) with φ fixed."""
-    number = 0
-    while True:
-        number += 1
+    for number in count(1):
         if problem.settle is not None:
             settle(problem, hypernetwork, lam_hat, next(problem.train_batches))
         valid = descend_lam(problem, hypernetwork, lam_hat, lam_optimizer, adjoint)  # λ̂ ← λ̂ − β ∇_λ̂ L_Valid
@@ -361,7 +354,12 @@ def descend_lam(
         direct = None
     else:
         loss, G, direct = unroll(problem, w.detach(), lam_hat.detach())
-    own = None if adjoint is None else adjoint.hypergradient(problem, w.detach(), lam_hat.detach(), G)
+    own = None
+    if adjoint is not None:
+        at_w = G  # and not where unrolled steps lead from there
+        if unroll is not None:
+            (at_w,) = torch.autograd.grad(problem.valid_loss(w, next(problem.valid_batches)).mean(), w)
+        own = adjoint.hypergradient(problem, w.detach(), lam_hat.detach(), at_w)
     if hypernetwork.maps:
         (slope,) = torch.autograd.grad(features, lam, hypernetwork.pull_back(features, G))
     else:

@@ -42,11 +42,13 @@ def contiguous(array: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def with_weight(X: np.ndarray, y: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The rows whose weight is not zero."""
+    """The rows whose weight is not zero, and the weights relative to their mean: their scale means nothing, and may be of no float32."""
     kept = weight > 0
     if not kept.any():
         raise ValueError("sample_weight is zero for every row.")
-    return X[kept], y[kept], weight[kept]
+    weight = weight[kept].astype(float)
+    weight /= weight.max()
+    return X[kept], y[kept], weight / weight.mean()
 
 
 def fingerprint(*arrays: Any) -> str:
@@ -80,9 +82,25 @@ def find_noisy(X: np.ndarray, columns: Mapping[str, Tensor] | None) -> np.ndarra
     noisy = np.ones(X.shape[1:])
     for group in (columns or {}).values():
         numbers = group.cpu().numpy()
-        own = X[:, numbers].astype(float)
-        noisy[numbers] *= not (own == np.round(own)).all()
+        noisy[numbers] *= not _are_whole(X[:, numbers])
     return noisy
+
+
+def check_codes(X: np.ndarray, columns: Mapping[str, Tensor] | None, dtype: str) -> None:
+    """Refuse codes so large that the dtype has not each of them."""
+    most = 2 ** (np.finfo(dtype).nmant + 1)
+    for name, group in (columns or {}).items():
+        own = X[:, group.cpu().numpy()]
+        if _are_whole(own) and own.size and np.abs(own).max() > most:
+            raise ValueError(
+                f"inputs[{name!r}] holds whole numbers up to {np.abs(own).max():.0f}, which are taken for codes, and {dtype} has not each of those "
+                f"beyond {most}: two codes would become one. Number them from 0 (sklearn's OrdinalEncoder), scale them if they are amounts, or set dtype='float64'."
+            )
+
+
+def _are_whole(numbers: np.ndarray) -> bool:
+    own = numbers.astype(float)
+    return bool((own == np.round(own)).all())
 
 
 def check_strengths(name: str, value: Any) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 Value = float | Tensor
 
+_LEAST = 1e-9
 _CALLS_APART = 2**20  # seeds of a layer that is called more than once; there are not so many layers
 
 
@@ -24,13 +25,19 @@ def is_zero(value: Value) -> bool:
     return not isinstance(value, (Tensor, Mapping)) and value == 0
 
 
+def _kept(noise: Tensor, rate: Value) -> Tensor:
+    """What is left of a number: nothing, or that over the share which is kept. At a rate of one nothing is."""
+    share = (1 - rate).clamp(min=_LEAST) if isinstance(rate, Tensor) else max(1 - rate, _LEAST)
+    return (noise >= rate).to(noise.dtype) / share  # whatever the default dtype
+
+
 class Drops:
     """A layer that drops numbers in training. The noise comes from ``seed``, the next call's from another."""
 
     seed: int = 0
 
     def _dropped(self, x: Tensor, rate: Value) -> Tensor:
-        return x * (self._noise(x.shape, x) >= rate) / (1 - rate)
+        return x * _kept(self._noise(x.shape, x), rate)
 
     def _noise(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """Uniform numbers. Under vmap the shape is one model's: they are drawn once and shared."""
@@ -48,14 +55,14 @@ class TensorDropout(Drops, nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or is_zero(self.p):
             return x
-        return x * (self._noise(self._cells(x), x) >= self.p) / (1 - self.p)
+        return x * _kept(self._noise(self._cells(x), x), self.p)
 
     def of_models(self, x: Tensor) -> Tensor:
         """The same for M models at once, x (M, B, ...), without vmap; ``p`` may be (M,)."""
         if not self.training or is_zero(self.p):
             return x
         p = self.p.view(-1, *(1,) * (x.dim() - 1)) if isinstance(self.p, Tensor) else self.p
-        return x * ((self._noise(self._cells(x[0]), x) >= p).to(x.dtype) / (1 - p))  # whatever the default dtype
+        return x * _kept(self._noise(self._cells(x[0]), x), p)
 
     def _cells(self, x: Tensor) -> Sequence[int]:
         return (*x.shape[:2], *(1,) * (x.dim() - 2)) if self.channelwise else x.shape

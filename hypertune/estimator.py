@@ -297,6 +297,7 @@ class TorchRegressor(RegressorMixin, TorchEstimator):
         "criterion": [StrOptions(set(REGRESSION_LOSSES)), callable],
     }
     _losses = REGRESSION_LOSSES
+    loss_names: ClassVar[Mapping[str, str]] = {name: name for name in LOSS_HYPERPARAMETERS if name != "label_smoothing"}
 
     def __init__(
         self,

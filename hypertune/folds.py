@@ -102,7 +102,9 @@ def make_folds(
     fitted = folds
     if by_column and folds[0].preprocess is not None:
         everything = np.arange(_num_samples(X))
-        fitted = [*folds, _fold(estimator, X, y, everything, everything[:1], fit_params, weighs_rows)]
+        weight = _params_of(estimator, X, fit_params, everything)[0].get("sample_weight")
+        some = everything[:1] if weight is None else np.flatnonzero(weight)[:1]
+        fitted = [*folds, _fold(estimator, X, y, everything, some, fit_params, weighs_rows)]
     shapes = [tuple(fold.train.x.shape[1:]) for fold in fitted]
     if len(set(shapes)) == 1:
         if fitted is not folds and len({_columns_of(fold) for fold in fitted}) > 1:
@@ -175,6 +177,11 @@ def _fold(
     if len(number) == len(encoded.x):
         encoded = encoded._replace(number=torch.from_numpy(number).to(encoded.x.device))
     valid_weight = _params_of(estimator, X, fit_params, valid)[0].get("sample_weight")
+    if valid_weight is not None and not np.any(valid_weight):
+        raise ValueError(
+            f"sample_weight is zero for all {len(X_valid)} validation rows of a fold, and the hyperparameters descend the validation loss, weighted "
+            "so, of every fold: choose folds (cv) with some weight in each, or leave these rows out of X."
+        )
     return Fold(net, preprocess, encoded, net._encode_more(X_valid, y_valid, valid_weight))
 
 

@@ -32,6 +32,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import Literal, get_args
 
 import torch
@@ -203,9 +204,7 @@ def alternate(
 
     The others are those of :func:`hypertune.algorithms.joint`.
     """
-    number = 0
-    while True:
-        number += 1
+    for number in count(1):
         train, valid = descend(), None
         if number > warmup and number % every == 0:
             valid = descend_lam(problem, hypernetwork, lam_hat, lam_optimizer, adjoint, unroll)

@@ -16,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from hypertune.response import BestResponse, Fold, full_losses
+from hypertune.response import BestResponse, Fold
 
 SCALES = (0.5, 1.0, 2.0, 4.0)  # units of λ
 
@@ -40,9 +40,7 @@ def choose_scale(tune: Callable[[list[Fold], float], BestResponse], folds: list[
     losses = []
     for scale in SCALES:
         response = tune(list(first), scale)
-        w = response._weights(response._lam([{}]))
-        seconds = [full_losses(response.objective, w[k], fold.valid, k) for k, fold in enumerate(second)]
-        losses.append(float(torch.stack(seconds).mean()))
+        losses.append(float(response._validation_losses(response._lam([{}]), second).mean()))
     return math.exp(vertex(np.log(SCALES), np.array(losses)))
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from numbers import Integral, Real
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from numbers import Integral, Number, Real
 from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
@@ -22,6 +22,7 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 from torch import Tensor, nn
 
 from hypertune.arrays import (
+    check_codes,
     check_device,
     check_noise,
     check_strengths,
@@ -110,10 +111,32 @@ class Net(Protocol):
         """A fitted estimator around a trained module."""
 
 
+class Known(Protocol):
+    """Where weights may be known that a fit would find: of candidates that were retrained together, or of a best response."""
+
+    def fit_known(self, net: Any, rows: Rows) -> bool:
+        """Fit the net by what is known, if its setting and its rows are; says whether it did."""
+        ...
+
+
+def plain_settings(net: Net, but: Collection[str]) -> dict[str, Any]:
+    """The net's parameters that are numbers, strings and sequences of them, but for some: a fit at others is another fit."""
+    return {name: value for name, value in net.get_params().items() if name not in but and _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (str, Number))
+
+
 @contextmanager
 def gradients() -> Iterator[None]:
-    """Record gradients inside, or in what this decorates, whatever mode the caller is in: ``torch.no_grad``, ``inference_mode``."""
-    with torch.inference_mode(False), torch.enable_grad():
+    """Record gradients inside, or in what this decorates, whatever mode the caller is in: ``torch.no_grad``, ``inference_mode``, ``autocast``."""
+    with torch.inference_mode(False), torch.enable_grad(), ExitStack() as full:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                full.enter_context(torch.autocast(kind, enabled=False))
         yield
 
 
@@ -162,7 +185,7 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
     loss_names: ClassVar[Mapping[str, str]] = {name: name for name in LOSS_HYPERPARAMETERS}
     # What a search puts on the estimator that it clones: where weights for its folds' rows may be known already (candidates
     # that were retrained together, or a best response), and the row numbers of its folds by fingerprint of their rows.
-    _known: Sequence[Any] = ()
+    _known: Sequence[Known] = ()
     _row_numbers: dict[str, np.ndarray] | None = None
 
     @gradients()
@@ -306,7 +329,7 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
             X, y, sample_weight = with_weight(X, y, sample_weight)
             weight = self._tensor(sample_weight)
         self._learn_targets(y, sample_weight, y if all_y is None else all_y)
-        return Rows(self._tensor(X), self._encode_targets(y), weight)
+        return Rows(self._rows(X), self._encode_targets(y), weight)
 
     def _encode_more(self, X: Any, y: Any, sample_weight: Any = None) -> Rows:
         """Further rows (a validation fold) under what :meth:`_encode` learned."""
@@ -315,7 +338,7 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
         if sample_weight is not None:
             X, y, sample_weight = with_weight(X, y, _check_sample_weight(sample_weight, X, ensure_non_negative=True))
             weight = self._tensor(sample_weight)
-        return Rows(self._tensor(X), self._encode_targets(y), weight)
+        return Rows(self._rows(X), self._encode_targets(y), weight)
 
     def _note_rows(self, X: Any, y: Any, number: np.ndarray) -> None:
         """Remember, for this estimator and its clones, which rows of the whole data these are."""
@@ -426,12 +449,17 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
         return None
 
     def _loss_values(self) -> dict[str, Any]:
-        names = [name for name in LOSS_HYPERPARAMETERS if name != "sample_weight"]  # the rows bring theirs with them
-        return {name: getattr(self, name) for name in names if hasattr(self, name)}
+        return {
+            name: getattr(self, name) for name in self.loss_names if name != "sample_weight"
+        }  # the rows bring theirs
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         """A private copy as a tensor of the estimator's dtype on its device."""
         return torch.from_numpy(contiguous(array, self.dtype)).to(self.device)
+
+    def _rows(self, X: np.ndarray) -> Tensor:
+        check_codes(X, self._columns, self.dtype)
+        return self._tensor(X)
 
     def _outputs(self, X: Any) -> np.ndarray:
         """Raw outputs of the fitted module, (n_samples, n_outputs)."""
@@ -440,7 +468,7 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
         with torch.no_grad():
             parts = []
             for i in range(0, X.shape[0], _PREDICT_ROWS):
-                x = self._tensor(dense(X[i : i + _PREDICT_ROWS]))
+                x = self._rows(dense(X[i : i + _PREDICT_ROWS]))
                 if x.dim() == 2:  # a net of a search's fold may be wider than its rows
                     x = F.pad(x, (0, self._row_shape[0] - x.shape[1]))
                 args, kwargs = arguments(x, self._columns)

@@ -243,7 +243,11 @@ class Objective(StackedModule):
 
         ``fold`` says whose buffers to use if all M models belong to one fold: one set for all of them, or one for each.
         """
-        return self._mean_loss(self.outputs(self.named(w), batch.x, {}, training=False, fold=fold), batch, 0.0)
+        return self.loss_of_outputs(self.predict(w, batch.x, fold=fold), batch)
+
+    def loss_of_outputs(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Validation loss of each model, given what it put out: (M, B, outputs) → (M,)."""
+        return self._mean_loss(outputs, batch, 0.0)
 
     def predict(self, w: Tensor, x: Tensor, *, fold: int | None = None) -> Tensor:
         """Outputs in eval mode: w (M, D), x (M, B, ...) → (M, B, outputs); ``fold`` whose running statistics are used, as in valid_loss."""
@@ -323,7 +327,7 @@ def _ith(values: Mapping[str, Value], i: int) -> dict[str, Value]:
 
 
 def _rowwise(value: Value, x: Tensor) -> Value:
-    """A number, one per model (M,), or one per model and feature (M, features), so that it broadcasts with x (M, B, ...)."""
+    """A number, one per model (M,), or one per model and feature (M, *features), so that it broadcasts with x (M, B, ...)."""
     if not isinstance(value, Tensor):
         return value
-    return value[:, None] if value.dim() == 2 else of_models(value, x)
+    return value[:, None] if value.dim() > 1 else of_models(value, x)

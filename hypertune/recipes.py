@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -216,7 +217,7 @@ def stream(
         case "simplified":
             yield from simplified(problem, phi, lam_hat, optimizer, lam_optimizer, **common)
         case "global":
-            sample = _prior(space, lam_hat, scale, seed, implicit if implicit.any() else None)
+            sample = _prior(space, lam_hat, scale, seed, implicit)
             yield from _globally(problem, phi, lam_hat, optimizer, lam_optimizer, sample, adjoint, m or 8, phi_steps)
         case Implicit(inner="newton"):
             yield from alternate(
@@ -245,10 +246,7 @@ def _globally(
     phi_steps: int,
 ) -> Iterator[Step]:
     """Algorithm 2: its two loops, and between them the start where the learned response promises most."""
-    for step in fit_response(problem, phi, optimizer, sample, lam_hat, m=m):
-        yield step
-        if step.number == phi_steps:
-            break
+    yield from islice(fit_response(problem, phi, optimizer, sample, lam_hat, m=m), phi_steps)
     with torch.no_grad():
         screened = inside(sample(_SCREENED), problem)
         batch = next(problem.valid_batches)
@@ -257,9 +255,7 @@ def _globally(
     yield from descend_response(problem, phi, lam_hat, lam_optimizer, adjoint=adjoint)
 
 
-def _prior(
-    space: Space, lam_hat: Tensor, scale: float | None, seed: int, fixed: Tensor | None
-) -> Callable[[int], Tensor]:
+def _prior(space: Space, lam_hat: Tensor, scale: float | None, seed: int, fixed: Tensor) -> Callable[[int], Tensor]:
     """p(λ) of Algorithm 2: the declared distributions, or N(start, scale² I) as in the paper; ``fixed`` coordinates stay."""
     rng = np.random.default_rng(seed)
     start = lam_hat.detach().clone()
@@ -269,6 +265,6 @@ def _prior(
             lam = space.sample(m, rng).to(start)
         else:
             lam = start + scale * torch.from_numpy(rng.standard_normal((m, space.n))).to(start)
-        return lam if fixed is None else torch.where(fixed, start, lam)
+        return torch.where(fixed, start, lam)
 
     return sample

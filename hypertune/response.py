@@ -20,7 +20,7 @@ from hypertune.arrays import fingerprint
 from hypertune.batches import Batch, Rows
 from hypertune.hypernetworks import Hypernetwork
 from hypertune.losses import output_scale
-from hypertune.net import Net, gradients
+from hypertune.net import Net, gradients, plain_settings
 from hypertune.objective import Objective
 from hypertune.randomness import isolated
 from hypertune.space import Space, Value
@@ -235,8 +235,10 @@ class BestResponse:
         keys, key = [fold.key for fold in self.folds], fingerprint(*rows[:3])
         if key not in keys or net.n_outputs_ != self.folds[0].net.n_outputs_:  # type: ignore[attr-defined]
             return False
-        own = net.get_params()
-        setting = {name: own[name.removeprefix(self.prefix)] for name in self.space.names}
+        own, names = net.get_params(), {name: name.removeprefix(self.prefix) for name in self.space.names}
+        if plain_settings(net, names.values()) != plain_settings(self.folds[0].net, names.values()):
+            return False
+        setting = {name: own[short] for name, short in names.items()}
         net._adopt(self._module(net, self._lam([setting]), keys.index(key)))
         return True
 
@@ -285,9 +287,7 @@ class BestResponse:
                 continue
             slopes = torch.zeros_like(self.hypernetwork.w0)
             for k, (w, fold) in enumerate(zip(self._weights(one[None]), self.folds, strict=True)):
-                w.requires_grad_()
-                for share, loss in _pieces(self.objective, w, fold.valid, k):
-                    slopes[k] += share * torch.autograd.grad(loss.sum(), w)[0][0]
+                slopes[k] = _full_gradient(self.objective, w, fold.valid, k)[0]
             found.append((variance * slopes.square()).sum(dim=1).sqrt().mean())
         return torch.stack(found).cpu().double()
 
@@ -338,21 +338,31 @@ class BestResponse:
 
 
 def full_losses(objective: Objective, w: Tensor, rows: Rows, fold: int) -> Tensor:
-    """L_Valid of m models w (m, D) of one fold on all its rows, in pieces; shape (m,)."""
-    total = torch.zeros(len(w), dtype=w.dtype, device=w.device)
+    """L_Valid of m models w (m, D) of one fold on all its rows, (m,): outputs in pieces, since the loss need not be a sum over rows."""
     with torch.no_grad():
-        for share, loss in _pieces(objective, w, rows, fold):
-            total += share * loss
-    return total
+        outputs = [objective.predict(w, x, fold=fold) for x in _pieces(rows, len(w))]
+        return objective.loss_of_outputs(torch.cat(outputs, dim=1), _targets(rows, len(w)))
 
 
-def _pieces(objective: Objective, w: Tensor, rows: Rows, fold: int) -> Iterator[tuple[float, Tensor]]:
-    """Some rows after others: their share in the whole, and L_Valid of m models on them, (m,)."""
-    x, y, weight, _ = rows
-    mass = float(len(x) if weight is None else weight.sum())
-    for i in range(0, len(x), _PIECE):
-        piece = slice(i, i + _PIECE)
-        s = None if weight is None else weight[None, piece]
-        size = float(len(x[piece]) if s is None else s.sum())
-        batch = Batch(x[None, piece], y[None, piece], None if s is None else s / s.mean()).repeat(len(w))
-        yield size / mass, objective.valid_loss(w, batch, fold=fold)
+def _full_gradient(objective: Objective, w: Tensor, rows: Rows, fold: int) -> Tensor:
+    """Of L_Valid of a model w (1, D) of one fold on all its rows, (1, D)."""
+    with torch.no_grad():
+        outputs = [objective.predict(w, x, fold=fold) for x in _pieces(rows, 1)]
+    whole = torch.cat(outputs, dim=1).requires_grad_()
+    (of_outputs,) = torch.autograd.grad(objective.loss_of_outputs(whole, _targets(rows, 1)).sum(), whole)
+    w, slope = w.detach().requires_grad_(), torch.zeros_like(w)
+    for x, of_piece in zip(_pieces(rows, 1), of_outputs.split(_PIECE, dim=1), strict=True):
+        slope += torch.autograd.grad(objective.predict(w, x, fold=fold), w, of_piece)[0]
+    return slope
+
+
+def _pieces(rows: Rows, models: int) -> Iterator[Tensor]:
+    """Some rows x after others, for so many models: (models, up to _PIECE, ...)."""
+    for x in rows.x.split(_PIECE):
+        yield x.expand(models, *x.shape)
+
+
+def _targets(rows: Rows, models: int) -> Batch:
+    """All targets and relative weights, for so many models; the rows are seen in pieces."""
+    y, weight = rows.y.expand(models, *rows.y.shape), rows.weight
+    return Batch(rows.x[:0], y, None if weight is None else (weight / weight.mean()).expand(models, -1))

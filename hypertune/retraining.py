@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hypertune.arrays import fingerprint
 from hypertune.batches import Batch, Minibatches, Rows
 from hypertune.factory import numbers_in
-from hypertune.net import TorchEstimator
+from hypertune.net import TorchEstimator, plain_settings
 from hypertune.objective import Objective
 from hypertune.randomness import draw_seed, isolated, rng_state, seed_torch, set_rng_state
 from hypertune.response import Fold, full_losses
@@ -52,6 +52,8 @@ class Retrained:
         With running statistics of all of them, if there are any.
     keys : list of K str
         Fingerprints of the folds' training rows; empty if these are no rows of fits of their own.
+    settings : dict from str to value
+        The net's other parameters, at which they were trained.
     n_outputs : int
         A fold that lacks a class is fitted alone, with fewer outputs.
     seed : int
@@ -65,6 +67,7 @@ class Retrained:
     curves: Tensor
     objective: Objective
     keys: list[str]
+    settings: dict[str, Any]
     n_outputs: int
     seed: int
 
@@ -82,8 +85,10 @@ class Retrained:
         """Fit the estimator by what is known, if its setting and its rows are; says whether it did."""
         if (key := fingerprint(*rows[:3])) not in self.keys or net.n_outputs_ != self.n_outputs:
             return False
-        own = net.get_params()
-        lam = self.space.encode({name: own[name.removeprefix(self.prefix)] for name in self.space.names})
+        own, names = net.get_params(), {name: name.removeprefix(self.prefix) for name in self.space.names}
+        if plain_settings(net, names.values()) != self.settings:
+            return False
+        lam = self.space.encode({name: own[short] for name, short in names.items()})
         found = torch.isclose(self.lam, lam, rtol=1e-9, atol=1e-9).all(dim=1).nonzero()
         if not len(found):
             return False
@@ -120,6 +125,7 @@ def retrain(
         or not (objective.stacked or unstacked)
         or K * C * objective.D > _MOST_WEIGHTS
         or any(h.grain == "row" for h in space.hyperparameters)
+        or not _feel_the_same_noise(folds)
     ):
         return None
     seed = draw_seed(clone(net).random_state) if seed is None else seed
@@ -149,7 +155,10 @@ def retrain(
     objective = objective.with_statistics_of(K, C, kept)
     objective.remembered = parts[0][3]
     keys = [] if folds[0].padded else [fingerprint(*fold.train[:3]) for fold in folds]
-    return Retrained(space, prefix, lam, weights.cpu().numpy(), curves.cpu(), objective, keys, net.n_outputs_, seed)
+    settings = plain_settings(net, {name.removeprefix(prefix) for name in space.names})
+    return Retrained(
+        space, prefix, lam, weights.cpu().numpy(), curves.cpu(), objective, keys, settings, net.n_outputs_, seed
+    )
 
 
 def _train(
@@ -178,7 +187,8 @@ def _train(
         del own  # as many models
         values = make_values(space, prefix, objective, net)(lam.to(w), K)
         optimizer, schedule = net._make_optimizer([w], epochs * per_epoch)
-        if not _moves_each_by_itself(optimizer) or w._backward_hooks:
+        one, _ = net._make_optimizer([nn.Parameter(w.data[0, :1])], epochs * per_epoch)
+        if not _moves_each_by_itself(optimizer) or w._backward_hooks or _settings_of(optimizer) != _settings_of(one):
             return None
         curves = torch.zeros(K, C, epochs, device=w.device, dtype=w.dtype)
         for number in range(epochs * per_epoch):
@@ -202,6 +212,19 @@ def _moves_each_by_itself(optimizer: torch.optim.Optimizer) -> bool:
     step = vars(optimizer).get("step")  # if a scheduler has put it there, around what was there before
     own = step is not None and getattr(step, "__wrapped__", step) is not type(optimizer).step
     return type(optimizer) in _ELEMENTWISE and not any(hooks) and not own
+
+
+def _settings_of(optimizer: torch.optim.Optimizer) -> list[str]:
+    """Which may depend on the number of weights, if a function of the user's makes it so."""
+    return [repr({k: v for k, v in group.items() if k != "params"}) for group in optimizer.param_groups]
+
+
+def _feel_the_same_noise(folds: list[Fold]) -> bool:
+    """Whether the same columns hold codes in the training rows of all folds."""
+    noisy = [fold.net._noisy for fold in folds]  # type: ignore[attr-defined]
+    return all(
+        one is noisy[0] or (one is not None and noisy[0] is not None and torch.equal(one, noisy[0])) for one in noisy
+    )
 
 
 class _FirstStep(NamedTuple):

@@ -317,11 +317,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
             Before any training, for a space, data or a model that cannot be tuned; during it, if the loss diverges.
         """
         own = {"estimator": self.estimator, "cv": self.cv}
-        earlier: dict[str, Any] = {
-            name: self.__dict__.pop(name) for name in ("history_", "best_response_") if name in self.__dict__
-        }
-        if isinstance(self.cv, Iterator):  # it is gone through twice: by the hyper-training and by the verification
-            self.cv = list(self.cv)
+        earlier = {name: self.__dict__.pop(name) for name in self._fitted()}
         net = last_step(self.estimator)
         try:
             if isinstance(net, TorchEstimator):
@@ -336,10 +332,9 @@ class HyperTrainingSearchCV(BaseSearchCV):
             self._inputs = indexable(X, y)
             super().fit(X, y, **params)
         except BaseException:
-            # As scikit-learn's results, which are set at the end, ours are those of the last whole fit.
-            for name in ("history_", "best_response_"):
-                self.__dict__.pop(name, None)
-            self.__dict__.update(earlier)
+            for name in self._fitted():
+                del self.__dict__[name]
+            self.__dict__.update(earlier)  # the results are those of the last whole fit, if there was one
             raise
         finally:
             getattr(self, "_known", []).clear()  # the nets of best_response_ know the same list
@@ -350,6 +345,9 @@ class HyperTrainingSearchCV(BaseSearchCV):
             for name in ("_known", "_row_numbers"):
                 net.__dict__.pop(name, None)
         return self
+
+    def _fitted(self) -> list[str]:
+        return [name for name in vars(self) if name.endswith("_") and not name.startswith("_")]
 
     def _weighs_rows(self) -> bool:
         """Whether a weight for each row is among the hyperparameters."""
@@ -392,14 +390,15 @@ class HyperTrainingSearchCV(BaseSearchCV):
         start = None
         if self.evaluate == "retrain" and self.start == "screened" and self.algorithm != "global":
             start = screen(space, prefix, folds, objective, current)
-        tune, grain_scale = self._tuner(setup, current if start is None else start), self.grain_scale
+        begin = out_of_corners(space, current if start is None else start)
+        tune, grain_scale = self._tuner(setup, begin), self.grain_scale
         if isinstance(grain_scale, str):
             held = space.mask(lambda h: h.size > 1 and h.grain != "row").any()
             grain_scale = choose_scale(lambda some, scale: tune(some, grain_scale=scale)[0], folds) if held else None
         with self._hyper_training_task(self._epochs()) as end_epoch:
             response, history = tune(folds, grain_scale=grain_scale, end_epoch=end_epoch)
         stopped = history["epoch"][-1] < self._epochs()
-        for again in restarts(space, current if start is None else start):
+        for again in restarts(space, begin):
             if self.start != "screened" or self.evaluate != "retrain" or stopped or not response.is_constant():
                 break
             response, history = tune(folds, start=again, grain_scale=grain_scale)
@@ -422,12 +421,12 @@ class HyperTrainingSearchCV(BaseSearchCV):
         space = Space.from_distributions(self.param_distributions)
         net, prefix = net_of(self.estimator), prefix_of(self.estimator)
         space = with_rows(net, space, prefix)
-        check_settings(type(self.estimator).__name__, self._settings(), space, prefix)
+        settings = self._settings()
+        check_settings(type(self.estimator).__name__, settings, space, prefix)
         check_names(net, space, prefix)
         grains = {h.grain for h in space.hyperparameters}
         seed, folds = draw_seed(self.random_state), self._folds(grains)
         space, objective = stack(space, prefix, folds, _num_samples(self._inputs[0]), seed)
-        settings = self._settings()
         current = space.encode({name: settings[name] for name in space.names})  # moved into the declared bounds
         return Setup(space, prefix, folds, objective, current, seed)
 
@@ -441,7 +440,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
             setup.space,
             setup.prefix,
             objective=setup.objective,
-            start=out_of_corners(setup.space, start),
+            start=start,
             algorithm=self.algorithm,
             hypernetwork=HYPERNETWORKS[self.hypernetwork] if isinstance(self.hypernetwork, str) else self.hypernetwork,
             response_optimizer=self.response_optimizer,

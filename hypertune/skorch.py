@@ -11,7 +11,6 @@ loss, over all trained weights. Of the net's callbacks the hyper-training heeds 
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +24,7 @@ from skorch.callbacks import LRScheduler
 from torch import Tensor, nn
 
 from hypertune.batches import Rows
+from hypertune.factory import keywords_of
 from hypertune.losses import CustomLoss, cross_entropy
 from hypertune.modules import Reach
 from hypertune.objective import Objective
@@ -65,9 +65,9 @@ class SkorchNet:
     def get_params(self) -> dict[str, Any]:
         """The net's parameters, and those that have not been set on it at the defaults of their owners."""
         defaults = {
-            f"{owner}__{name}": parameter.default
+            f"{owner}__{name}": default
             for owner in ("module", "optimizer", "criterion")
-            for name, parameter in _keywords(getattr(self.net, owner)).items()
+            for name, default in keywords_of(getattr(self.net, owner)).items()
         }
         return defaults | self.net.get_params()
 
@@ -197,15 +197,6 @@ def _skorch_loss(net: NeuralNet, outputs: Tensor, y: Tensor) -> Tensor:
     if isinstance(net, NeuralNetBinaryClassifier) and outputs.dim() > 1:
         outputs = outputs.squeeze(-1)
     return net.get_loss(outputs, y, training=True)
-
-
-def _keywords(owner: Any) -> dict[str, inspect.Parameter]:
-    """What a class or function can be told by keyword, with a default."""
-    try:
-        parameters = inspect.signature(owner).parameters
-    except (TypeError, ValueError):
-        return {}
-    return {name: p for name, p in parameters.items() if p.default is not p.empty}
 
 
 def _decouples(optimizer: Any, params: Mapping[str, Any]) -> bool:

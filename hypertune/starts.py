@@ -87,9 +87,11 @@ def out_of_corners(space: Space, current: Tensor) -> Tensor:
 def restarts(space: Space, constant: Tensor) -> Iterator[Tensor]:
     """Where to begin again if a run from λ = ``constant`` (n,) ended with a constant prediction; each (n,).
 
-    Logarithmic hyperparameters begin half way between there and a third of the way up their distributions, and again half way.
+    Logarithmic hyperparameters begin half way between there and a third of the way up their distributions, or those that are not above it
+    half way to a ninth; and again half way. Never further up.
     """
-    third = space.quantile(np.full((1, space.n), _THIRD))[0]
+    third, ninth = space.quantile(np.array([[_THIRD], [_THIRD**2]]).repeat(space.n, axis=1))
     for _ in range(_RESTARTS if space.log.any() else 0):
-        constant = torch.where(space.log, (constant + third) / 2, constant)
+        weaker = torch.where(constant > third, third, torch.minimum(ninth, constant))
+        constant = torch.where(space.log, (constant + weaker) / 2, constant)
         yield constant

@@ -104,7 +104,7 @@ def hyper_train(
         models = folds * max(n_inits, 1)
         w0 = torch.stack([flat_weights(fold.net._build_module()) for fold in models])
         lam_hat = start.to(w0, copy=True)
-        objective.keep_statistics_of(len(models))
+        objective = objective.with_statistics_of(len(models), 1)
         # Each of a fold's initial weights has minibatches of its own.
         seeds = [seed + 2 * (i // K) for i in range(len(models))]
         train_batches = Minibatches([fold.train for fold in models], net.batch_size, seed=seeds)

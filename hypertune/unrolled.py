@@ -56,7 +56,11 @@ class Dynamics:
             u = state["exp_avg"] / bias_correction(beta, state["step"], w0) if state else zero
             return cls(u, s, beta, 1 - beta)
         buffer = state.get("momentum_buffer")
-        return cls(zero if buffer is None else buffer, s, group.get("momentum", 0.0), 1.0)
+        if buffer is None:
+            buffer = zero
+        elif "square_avg" in state:  # RMSprop's is of gradients that were divided by the preconditioner
+            buffer = buffer * preconditioner(w0, optimizer)
+        return cls(buffer, s, group.get("momentum", 0.0), 1.0)
 
 
 class Unroller:

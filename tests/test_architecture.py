@@ -43,7 +43,7 @@ ROOMS = {  # room -> the rooms it may import from
         "stacked",
     },
     "estimator": {"losses", "net", "objective"},
-    "skorch": {"batches", "losses", "modules", "objective", "optimizers", "randomness"},
+    "skorch": {"batches", "factory", "losses", "modules", "objective", "optimizers", "randomness"},
     "response": {
         "algorithms",
         "arrays",

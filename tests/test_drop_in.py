@@ -203,7 +203,8 @@ def test_routed_weights_reach_training_and_validation(iris, monkeypatch):
         scorer = get_scorer("accuracy").set_score_request(sample_weight=False)
         found = search(estimator=net, max_epochs=2, scoring=scorer, n_inits=2).fit(X, y, sample_weight=weight)
     for rows in seen + [fold.valid for fold in found.best_response_.folds]:
-        assert_allclose(rows.weight.numpy(), 1.0 + (rows.y.numpy() == 0))
+        expected = 1.0 + (rows.y.numpy() == 0)
+        assert_allclose(rows.weight.numpy(), expected / expected.mean(), rtol=1e-6)
     assert len(seen) == 2 * 2 * 3  # training and validation rows, two initial weights on each of three folds
     plain = search(max_epochs=2, scoring="accuracy").fit(X, y)
     assert plain.history_["validation_loss"][-1] != found.history_["validation_loss"][-1]
@@ -266,7 +267,8 @@ def test_fit_parameters_of_earlier_steps_reach_them_in_every_fold(iris):
     assert len(Marked.seen) == 3 + 6 + 1  # hyper-training, verification, refit
     assert all(Marked.seen)
     fold = found.best_response_.folds[0].valid
-    assert_allclose(fold.weight.numpy(), 1.0 + (fold.y.numpy() == 0))
+    expected = 1.0 + (fold.y.numpy() == 0)
+    assert_allclose(fold.weight.numpy(), expected / expected.mean(), rtol=1e-6)
 
 
 def test_routed_weights_go_to_the_steps_that_ask_for_them_and_to_no_other(iris):
@@ -413,3 +415,44 @@ def test_n_jobs_changes_nothing(fitted, iris):
     again = search(n_jobs=2).fit(*iris)
     assert again.best_params_ == fitted.best_params_
     assert_allclose(again.cv_results_["mean_test_score"], fitted.cv_results_["mean_test_score"], rtol=1e-6)
+
+
+def test_a_scorer_that_fits_clones_at_other_settings_gets_fits_of_its_own(iris):
+    """What is known of the candidates is not what another length, seed or step size gives."""
+    X, y = iris
+
+    def short(estimator, X, y):
+        return clone(estimator).set_params(max_epochs=1, random_state=5).fit(X, y).score(X, y)
+
+    for evaluate in ("retrain", "hypernetwork"):
+        own = search(scoring=short, return_train_score=True, evaluate=evaluate).fit(X, y)
+        params = own.cv_results_["params"][0]
+        train, _ = next(StratifiedKFold(3).split(X, y))
+        expected = short(clone(NET).set_params(**params), X[train], y[train])
+        assert own.cv_results_["split0_train_score"][0] == pytest.approx(expected)
+
+
+def test_a_second_fit_that_is_interrupted_leaves_the_results_of_the_first(iris, monkeypatch):
+    X, y = iris
+    found = search(max_epochs=2).fit(X, y)
+    before = {name: value for name, value in vars(found).items() if name.endswith("_")}
+
+    def interrupted(self, *args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TorchClassifier, "_train", interrupted)  # the refit: candidates are retrained together
+        with pytest.raises(KeyboardInterrupt):
+            found.fit(X, (y == 1).astype(int))
+    assert {name for name in vars(found) if name.endswith("_")} == set(before)
+    assert all(vars(found)[name] is value for name, value in before.items())
+    assert found.predict(X).max() == 2
+
+
+def test_autocast_around_a_search_changes_nothing(iris):
+    X, y = iris
+    expected = search(max_epochs=2).fit(X, y)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = search(max_epochs=2).fit(X, y)
+        assert torch.is_autocast_enabled("cpu")
+    assert found.best_params_ == expected.best_params_

@@ -108,3 +108,13 @@ def test_a_transformer_with_one_dropout_for_all_is_tuned_with_all_folds_in_one_p
     for params, score in zip(found.cv_results_["params"], found.cv_results_["mean_test_score"], strict=True):
         alone = cross_val_score(clone(net).set_params(**params), X, y, cv=KFold(3), scoring="neg_log_loss")
         assert score == pytest.approx(alone.mean(), rel=1e-6)
+
+
+def test_a_rate_of_one_leaves_nothing_as_torchs_does():
+    x = torch.randn(6, 3)
+    for layer in (nn.Dropout(1.0), nn.Dropout1d(1.0)):
+        stacked = StackedModule(nn.Sequential(nn.Linear(3, 4), layer))
+        w = stacked.initial_weights()[None]
+        assert stacked.outputs(stacked.named(w), x[None], {}, training=True).eq(0).all()
+    fitted = TorchClassifier(module=lambda n, m: nn.Sequential(nn.Dropout(1.0), nn.Linear(n, m)), max_epochs=2)
+    assert np.isfinite(fitted.fit(x, x[:, 0] > 0).loss_curve_).all()

@@ -25,7 +25,7 @@ from hypertune import (
     per_weight,
 )
 from hypertune.algorithms import PlainOptimizer, TangentOptimizer, descend_response, joint
-from hypertune.hypergradients import Implicit, Unrolled, alternate
+from hypertune.hypergradients import Hybrid, Implicit, Unrolled, alternate
 from hypertune.hypernetworks import Constant, Layout, Linear
 from hypertune.implicit import ImplicitAdjoint, T1T2Adjoint, conjugate_gradients, nystrom
 from hypertune.unrolled import Dynamics, Recorder, Tangent, Unroller
@@ -524,3 +524,30 @@ def test_a_check_is_where_lam_hat_was_held_and_not_at_a_bound(table):
     check = check_hypergradient(own, X, y)
     assert check.cosine > 0.99
     assert abs(check.ratio - 1) < 0.2
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_hybrid_leaves_the_weights_of_rows_to_the_implicit_gradient_where_they_are(table, steps):
+    """Not where the unrolled steps lead from there."""
+    X, y = table
+    X, y = X[:150], y[:150]
+    net = TorchClassifier(
+        MLP(hidden=()), weight_decay=0.1, lr=0.02, batch_size=200, max_epochs=200, sample_weight=np.ones(len(y)),
+        random_state=0,
+    )  # fmt: skip
+    own = HyperTrainingSearchCV(net, {"sample_weight": uniform(0, 2)}, algorithm=Hybrid(steps), cv=2, random_state=0)
+    check = check_hypergradient(own, X, y)
+    assert check.cosine > 0.95
+    assert 0.6 < check.ratio < 1.2
+
+
+def test_the_momentum_of_rmsprop_is_of_preconditioned_gradients(table):
+    X, y = table
+    optimizer = partial(torch.optim.RMSprop, momentum=0.9)
+    net = TorchClassifier(MLP(hidden=()), weight_decay=0.1, optimizer=optimizer, lr=3e-3, max_epochs=60, random_state=0)
+    own = HyperTrainingSearchCV(
+        net, {"weight_decay": per_feature(loguniform(1e-4, 1e1))}, algorithm="hybrid", cv=2, random_state=0
+    )
+    check = check_hypergradient(own, X, y)
+    assert check.cosine > 0.9
+    assert 0.5 < check.ratio < 1.5

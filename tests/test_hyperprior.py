@@ -35,17 +35,14 @@ def test_every_scale_is_tuned_on_one_half_and_judged_on_the_other():
         """A model whose prediction is a constant, so that its loss on a half says which rows it was judged on."""
 
         def __init__(self, scale: float):
-            self.objective, self.scale = self, scale
+            self.scale = scale
 
         def _lam(self, settings):
             return torch.zeros(1, 1)
 
-        def _weights(self, lam):
-            return torch.zeros(1, 1, 1)
-
-        def valid_loss(self, w, batch, *, fold):
-            seen.append((self.scale, sorted(batch.x.flatten().tolist())))
-            return torch.tensor([(math.log(self.scale) - math.log(1.5)) ** 2])
+        def _validation_losses(self, lam, folds):
+            seen.append((self.scale, sorted(folds[0].valid.x.flatten().tolist())))
+            return torch.tensor([[(math.log(self.scale) - math.log(1.5)) ** 2]])
 
     tuned: list[tuple[float, list[float]]] = []
 

@@ -214,3 +214,45 @@ def test_folds_of_other_widths_are_filled_up_and_verified_as_they_are(noise: flo
         assert loss == pytest.approx(
             search.best_response_.validation_curve(name, [search.best_response_.params[name]])[0, k]
         )
+
+
+def test_codes_that_the_dtype_cannot_tell_apart_are_refused_and_amounts_are_not():
+    """Beyond 2²⁴ two whole numbers are one float32."""
+
+    class Hashed(nn.Module):
+        def __init__(self, n, m):
+            super().__init__()
+            self.code, self.out = nn.Embedding(8, 3), nn.Linear(3, m)
+
+        def forward(self, code):
+            return self.out(self.code(code[:, 0].long() % 8))
+
+    codes = np.random.default_rng(0).integers(0, 2**26, (80, 1))
+    y, small = codes[:, 0] % 2, codes % 2**20
+    net = TorchClassifier(Hashed, inputs={"code": [0]}, max_epochs=30, lr=0.1, random_state=0)
+    with pytest.raises(ValueError, match=r"inputs\['code'\] holds whole numbers up to \d+, .* beyond 16777216"):
+        tune(net, codes, y)
+    fitted = clone(net).fit(small, y)
+    with pytest.raises(ValueError, match="holds whole numbers"):
+        fitted.predict(codes)
+    assert tune(clone(net).set_params(dtype="float64"), codes, y).score(codes, y) == 1.0
+    amounts = np.column_stack([1e9 + 0.5 * np.arange(80.0), y])
+    TorchClassifier(MLP((8,)), max_epochs=1).fit(amounts, y)
+
+
+def test_noise_of_its_own_for_each_place_of_a_row():
+    X = np.random.default_rng(0).normal(size=(40, 8, 4))
+    noise = np.zeros((8, 4))
+    noise[2, 1] = 3.0
+    rows: list[torch.Tensor] = []
+
+    class Seeing(nn.Sequential):
+        def forward(self, x):
+            rows.append(x.detach())
+            return super().forward(x)
+
+    module = lambda shape, m: Seeing(nn.Flatten(), nn.Linear(32, m))  # noqa: E731
+    TorchClassifier(module, input_noise=noise, batch_size=40, max_epochs=1).fit(X, X[:, 0, 0] > 0)
+    seen = torch.sort(rows[-1], dim=0)[0]
+    differs = (seen - torch.sort(torch.from_numpy(X).float(), dim=0)[0]).abs().amax(dim=0) > 1e-6
+    assert differs.nonzero().tolist() == [[2, 1]]

@@ -6,6 +6,7 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy.stats import expon, loguniform, uniform
 from scipy.stats import t as student_t
@@ -165,3 +166,26 @@ def test_retrained_models_lie_inside_their_band():
     _, distance, inside, half, _ = measure_band(1, problems=("wine-6",)).T
     assert inside.mean() > 0.75
     assert np.median(half[distance < 1]) < 0.4  # of the loss: no wonder otherwise
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_loss_that_is_no_sum_over_rows_is_that_of_all_rows(iris, monkeypatch, weighted):
+    """A mean weighted by class is not the mean of those of pieces of the rows; nor is its gradient."""
+    X, y = iris
+    criterion = torch.nn.CrossEntropyLoss(
+        weight=torch.tensor([1.0, 5.0, 9.0]), reduction="none" if weighted else "mean"
+    )
+    net = clone(NET).set_params(criterion=criterion, dtype="float64", label_smoothing=0.0, max_epochs=8)
+    space = {"weight_decay": SPACE["weight_decay"], "module__dropout": SPACE["module__dropout"]}
+    fit = {"sample_weight": 1.0 + np.arange(len(y))} if weighted else {}
+    response = search(estimator=net, param_distributions=space).fit(X, y, **fit).best_response_
+    whole, band = response.validation_loss(), response.validation_band("weight_decay", [1e-3])
+    losses = []
+    for k, fold in enumerate(response.folds):
+        module = response.estimator_at(fold=k).module_
+        own = criterion.double()(module(fold.valid.x), fold.valid.y)
+        losses.append(float(own if not weighted else (own * fold.valid.weight).sum() / fold.valid.weight.sum()))
+    assert whole == pytest.approx(np.mean(losses))
+    monkeypatch.setattr("hypertune.response._PIECE", 7)
+    assert response.validation_loss() == pytest.approx(whole)
+    assert_allclose(response.validation_band("weight_decay", [1e-3]), band, rtol=1e-9)

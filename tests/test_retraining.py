@@ -351,3 +351,40 @@ def test_an_optimizer_that_sees_all_weights_at_once_trains_each_candidate_alone(
     net = clone(NET).set_params(optimizer=clipped, max_epochs=3)
     search(net, {"weight_decay": loguniform(1e-6, 1e0)}).fit(*iris)
     assert not any(used)
+
+
+def by_size(params, lr):
+    (w,) = params = list(params)
+    return torch.optim.SGD(params, lr=lr * w.numel() ** 0.5)
+
+
+def test_an_optimizer_that_looks_at_the_number_of_weights_trains_each_model_by_itself(iris, used):
+    net = clone(NET).set_params(optimizer=by_size, lr=1e-2)
+    found = search(net, scoring="neg_log_loss").fit(*iris)
+    assert not any(used)
+    alone = cross_val_score(clone(net).set_params(**found.best_params_), *iris, cv=3, scoring="neg_log_loss")
+    assert found.best_score_ == pytest.approx(alone.mean(), rel=1e-9)
+
+
+def test_codes_in_the_training_rows_of_one_fold_alone(iris, used):
+    """In that fold no noise touches the column, and in the others it does."""
+
+    class Both(nn.Module):
+        def __init__(self, n, m):
+            super().__init__()
+            self.out = nn.Linear(4, m)
+
+        def forward(self, a, b):
+            return self.out(torch.cat([a, b], dim=1))
+
+    X, y = np.round(iris[0], 1), iris[1]
+    X[:, 3] = np.round(X[:, 3])
+    X[2, 3] = 0.5
+    net = clone(NET).set_params(module=Both, inputs={"a": [0, 1, 2], "b": [3]}, input_noise=0.0)
+    rows = np.arange(len(X))
+    splits = [(rows[rows % 3 != k], rows[rows % 3 == k]) for k in (2, 0, 1)]
+    found = search(net, {"input_noise": uniform(0, 1)}, scoring="neg_log_loss", cv=splits).fit(X, y)
+    assert not any(used)
+    for params, score in zip(found.cv_results_["params"], found.cv_results_["mean_test_score"], strict=True):
+        alone = cross_val_score(clone(net).set_params(**params), X, y, cv=splits, scoring="neg_log_loss")
+        assert score == pytest.approx(alone.mean(), rel=1e-9)

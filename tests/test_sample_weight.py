@@ -14,7 +14,7 @@ from sklearn.model_selection import KFold, PredefinedSplit, train_test_split
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from hypertune import MLP, HyperTrainingSearchCV, TorchClassifier, TorchRegressor, per_layer
+from hypertune import MLP, HyperTrainingSearchCV, TorchClassifier, TorchRegressor, per_feature, per_layer
 from hypertune.batches import Batch, Minibatches, Rows
 
 NET = TorchClassifier(MLP(hidden=(8,)), max_epochs=5, lr=1e-2, random_state=0)
@@ -103,7 +103,9 @@ def test_the_weights_in_the_loss_are_those_of_the_rows_relative_to_their_fold():
 def test_weights_that_the_user_gave_stay(iris):
     X, y = iris
     found = search().fit(X, y, sample_weight=1.0 + (y == 1))
-    assert_allclose(found.best_response_.folds[0].valid.weight, 1.0 + (found.best_response_.folds[0].valid.y == 1))
+    valid = found.best_response_.folds[0].valid
+    expected = 1.0 + (valid.y == 1)
+    assert_allclose(valid.weight, expected / expected.mean(), rtol=1e-6)
     with_zeros = search().fit(X, y, sample_weight=(np.arange(len(X)) % 5 > 0).astype(float))
     never_seen = with_zeros.history_["sample_weight"][-1][::5]
     assert_allclose(never_seen, 1.0)  # rows of weight zero are left out: nothing to learn about them
@@ -136,3 +138,33 @@ def test_flipped_labels_are_found_and_the_model_without_them_is_better(seed):
     assert roc_auc_score(flipped[training], -weight[training]) >= 0.9
     untuned = clone(net).fit(X, noisy)
     assert log_loss(y_test, found.predict_proba(X_test)) < 0.7 * log_loss(y_test, untuned.predict_proba(X_test))
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-40, 1e37, 1e300])
+def test_the_scale_of_the_users_weights_means_nothing(iris, scale):
+    X, y = iris
+    weight = 1.0 + (y == 1)
+    net, space = TorchClassifier(MLP(hidden=(8,)), max_epochs=3, random_state=0), {"weight_decay": loguniform(1e-6, 1)}
+    for model in (net, HyperTrainingSearchCV(net, space, cv=3, random_state=0)):
+        expected = clone(model).fit(X, y, sample_weight=weight).predict_proba(X)
+        assert_allclose(clone(model).fit(X, y, sample_weight=scale * weight).predict_proba(X), expected, rtol=1e-4)
+
+
+def test_a_fold_that_validates_on_rows_without_weight_is_refused_by_name(iris):
+    X, y = iris
+    net = TorchClassifier(MLP(hidden=(8,)), max_epochs=2, random_state=0)
+    own = HyperTrainingSearchCV(net, {"weight_decay": loguniform(1e-6, 1)}, cv=KFold(3, shuffle=True, random_state=0))
+    (_, first), *_ = own.cv.split(X, y)
+    weight = np.ones(len(X))
+    weight[first] = 0.0
+    with pytest.raises(ValueError, match=r"zero for all 50 validation rows of a fold.*choose folds \(cv\)"):
+        own.fit(X, y, sample_weight=weight)
+
+
+def test_a_first_row_without_weight_is_no_obstacle_to_values_by_feature_in_a_pipeline(iris):
+    X, y = iris
+    net = make_pipeline(StandardScaler(), TorchClassifier(MLP(hidden=(8,)), max_epochs=2, random_state=0))
+    space = {"torchclassifier__weight_decay": per_feature(loguniform(1e-6, 1))}
+    weight = (np.arange(len(X)) > 0).astype(float)
+    own = HyperTrainingSearchCV(net, space, cv=3, random_state=0, evaluate="hypernetwork")
+    assert own.fit(X, y, torchclassifier__sample_weight=weight).best_score_ > 0

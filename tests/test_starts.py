@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -223,3 +225,12 @@ def test_a_logarithm_of_a_rate_is_constant_on_its_own_scale():
         response.hypernetwork.w0.data = torch.tensor([[slope, 0.0]])
         response.hypernetwork.maps[0].V.data.zero_()
         assert response.is_constant() == constant
+
+
+def test_restarts_are_never_stronger_than_what_died():
+    space = Space.from_distributions({"weight_decay": loguniform(1e-6, 1e3)})
+    for dead in (1e2, 1e-3, 1e-4, 1e-5, 2e-6):
+        lam = space.encode({"weight_decay": dead})
+        path = [dead, *(space.decode(one)["weight_decay"] for one in restarts(space, lam))]
+        assert all(weaker <= 1.000001 * stronger for stronger, weaker in itertools.pairwise(path))
+        assert path[1] < dead or dead <= 1e-5
