@@ -29,10 +29,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.oracles import Case, linear, logistic, mlp, ridge
-from hypertune.algorithms import Step, TangentOptimizer, descend_w, joint
+from hypertune.algorithms import Step, descend_w, joint
 from hypertune.hypergradients import T1T2, Forward, Hybrid, Implicit, Unrolled, alternate
 from hypertune.hypernetworks import Builder, Constant, Hypernetwork, Linear
 from hypertune.implicit import ImplicitAdjoint, T1T2Adjoint
+from hypertune.response_optimizers import TangentOptimizer
 from hypertune.unrolled import Recorder, Tangent, Unroller
 
 Row = dict[str, Any]

@@ -35,10 +35,11 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from benchmarks.libraries import PEERS, Setting
-from hypertune.algorithms import Problem, TangentOptimizer, descend_w, joint
+from hypertune.algorithms import Problem, descend_w, joint
 from hypertune.hypergradients import Implicit, Unrolled, alternate
 from hypertune.hypernetworks import Constant, Layout, Linear
 from hypertune.implicit import ImplicitAdjoint
+from hypertune.response_optimizers import TangentOptimizer
 from hypertune.unrolled import Recorder
 
 Pair = tuple[Tensor, Tensor]  # the L2 (20,) and the weights (20,) in hand

@@ -30,11 +30,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks.cost import RETURNING, _kilobytes
-from hypertune.algorithms import Problem, Step, TangentOptimizer, descend_w, joint
+from hypertune.algorithms import Problem, Step, descend_w, joint
 from hypertune.hypergradients import Implicit, alternate
 from hypertune.hypernetworks import Builder, Constant, Layout, Linear
 from hypertune.implicit import ImplicitAdjoint
 from hypertune.penalties import half_squares
+from hypertune.response_optimizers import TangentOptimizer
 
 SHAPES = {10_000: (35, 80), 100_000: (140, 250), 1_000_000: (440, 800)}  # D: inputs and units of a hidden layer
 SIZES = tuple(10**power for power in range(7))

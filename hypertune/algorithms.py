@@ -19,13 +19,11 @@ from itertools import count
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hypertune.hypernetworks import Hypernetwork
 from hypertune.randomness import rng_state, set_rng_state
 
-_MOST = 10.0  # times a weight's step size: the most that its response moves for a feature of one
-_ADAPTIVE = frozenset({"exp_avg_sq", "exp_inf", "square_avg", "sum"})  # state that preconditioner() reads
 _TOGETHER = 2**23  # weights of all folds and sampled λ in one pass; beyond it each λ has its own, which is slower
 
 
@@ -91,7 +89,7 @@ class ResponseOptimizer(Protocol):
 
 
 class Adjoint(Protocol):
-    """The hypergradient of some coordinates by other means than the hypernetwork; see :mod:`hypertune.hypergradients`."""
+    """The hypergradient of some coordinates by other means than the hypernetwork; see :mod:`hypertune.implicit`."""
 
     coordinates: Tensor
 
@@ -101,7 +99,7 @@ class Adjoint(Protocol):
 
 
 class Unroll(Protocol):
-    """A few training steps more, and the gradient through them; see :mod:`hypertune.hypergradients`."""
+    """A few training steps more, and the gradient through them; see :mod:`hypertune.unrolled`."""
 
     def __call__(self, problem: Problem, w: Tensor, lam_hat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """L_Valid (K, 1) after the steps, and of its mean over folds the gradients with respect to w (K, 1, D) and λ̂ (n,)."""
@@ -371,135 +369,3 @@ def descend_lam(
     with torch.no_grad():
         lam_hat.copy_(inside(lam_hat, problem))
     return loss.detach().mean()
-
-
-# --- the optimizers of φ ----------------------------------------------------------------------------------------------
-
-
-class PlainOptimizer:
-    """One torch optimizer for all of φ, as in the paper.
-
-    Parameters
-    ----------
-    hypernetwork : Hypernetwork
-    weight_optimizer : torch.optim.Optimizer
-        Holds all parameters of the hypernetwork.
-    """
-
-    def __init__(self, hypernetwork: Hypernetwork, weight_optimizer: torch.optim.Optimizer):
-        self.hypernetwork = hypernetwork
-        self.weight_optimizer = weight_optimizer
-
-    def step(self, features: Tensor, G: Tensor) -> None:
-        """See :class:`ResponseOptimizer`. The loss is the mean over the m samples."""
-        m = features.shape[1]
-        self.hypernetwork.w0.grad = G.mean(dim=1)
-        for linear in self.hypernetwork.maps:
-            linear.V.grad = linear.gradient(features.detach(), G) / m
-        _backward_basis(self.hypernetwork, features, G / m)
-        self.weight_optimizer.step()
-
-    def step_at_center(self, G: Tensor) -> None:
-        """See :class:`ResponseOptimizer`."""
-        self.hypernetwork.w0.grad = G
-        for parameter in self.hypernetwork.parameters():
-            if parameter is not self.hypernetwork.w0:
-                parameter.grad = None
-        self.weight_optimizer.step()
-
-
-class TangentOptimizer:
-    """w₀ by any torch optimizer, and V by the tangent of that optimizer's own dynamics. The default.
-
-    V has w₀'s preconditioner P (Adam's 1/√v̂, and its like of RMSprop, Adagrad, Adamax and Adadelta; the identity for SGD and any other) and step size α, in normalised form:
-
-        V ← V − α Σ_m (f − f̄) ⊗ P G / (Σ_m ‖f − f̄‖² + 2 · average of Σ_m (f − f̄)²),     f̄ the mean over the m samples
-
-    with the features of its own map of the hypernetwork, of which there may be several.
-    For the linear hypernetwork and a pair λ̂ ± σε this is α/(|ε|² + 2) · P (g₊ − g₋)/2σ ⊗ ε: on average, and to first order in
-    σ, a multiple of P (H V + ∂²L/∂w∂λ), whose root is dw*/dλ. It is stable whenever w₀'s training is and does not depend on
-    the scale of f. Subtracting f̄ cancels the noise that the m samples share. P G is bounded as Adam's own steps are: a weight
-    whose gradients at λ̂ ± σε happened to cancel would have a P next to infinite, and its response would be thrown far away.
-    SGD's momentum is not V's, which lags behind w₀ for that: with it the steps along single random ε would not be stable.
-
-    Parameters
-    ----------
-    hypernetwork : Hypernetwork
-    weight_optimizer : torch.optim.Optimizer
-        Holds ``hypernetwork.w0`` alone.
-    basis_optimizer : torch.optim.Optimizer or None
-        Holds the parameters of the basis, if it has any.
-    """
-
-    def __init__(
-        self,
-        hypernetwork: Hypernetwork,
-        weight_optimizer: torch.optim.Optimizer,
-        basis_optimizer: torch.optim.Optimizer | None = None,
-    ):
-        self.hypernetwork = hypernetwork
-        self.weight_optimizer = weight_optimizer
-        self.basis_optimizer = basis_optimizer
-        self._powers: dict[int, Tensor] = {}
-
-    def step(self, features: Tensor, G: Tensor) -> None:
-        """See :class:`ResponseOptimizer`."""
-        hypernetwork = self.hypernetwork
-        self.step_at_center(G.mean(dim=1))
-        with torch.no_grad():
-            centred = features - features.mean(dim=1, keepdim=True) if features.shape[1] > 1 else features
-            step = G if self.basis_optimizer is None else G.clone()
-            lr = self.weight_optimizer.param_groups[0]["lr"]
-            step /= preconditioner(hypernetwork.w0, self.weight_optimizer).div_(lr)[:, None]
-            if is_adaptive(hypernetwork.w0, self.weight_optimizer):
-                step.clamp_(-_MOST * lr, _MOST * lr)
-            for number, linear in enumerate(hypernetwork.maps):
-                total, each = linear.power(centred)
-                average = self._powers.get(number, each)
-                self._powers[number] = average + 0.01 * (each - average)
-                linear.move(centred, step, total + 2 * self._powers[number] + 1e-30)
-        if self.basis_optimizer is not None:
-            _backward_basis(hypernetwork, features, G / features.shape[1])
-            self.basis_optimizer.step()
-
-    def step_at_center(self, G: Tensor) -> None:
-        """See :class:`ResponseOptimizer`."""
-        self.hypernetwork.w0.grad = G
-        self.weight_optimizer.step()
-        self.hypernetwork.w0.grad = None  # lets go of a copy of the weights
-
-
-def preconditioner(w0: nn.Parameter, optimizer: torch.optim.Optimizer) -> Tensor:
-    """What the optimizer divides w₀'s gradient by, (K, D): Adam's √v̂ + ε, its like of its relatives, or 1 (SGD)."""
-    state, group = optimizer.state.get(w0, {}), optimizer.param_groups[0]
-    if "exp_avg_sq" in state:  # Adam, AdamW, NAdam, RAdam
-        squares = state.get("max_exp_avg_sq", state["exp_avg_sq"])
-        return (squares / bias_correction(group["betas"][1], state["step"], w0)).sqrt_().add_(group["eps"])
-    if "exp_inf" in state:  # Adamax
-        return state["exp_inf"].clone()
-    if "acc_delta" in state:  # Adadelta
-        return ((state["square_avg"] + group["eps"]) / (state["acc_delta"] + group["eps"])).sqrt_()
-    if "square_avg" in state:  # RMSprop
-        centre = state["grad_avg"].square() if group.get("centered") else 0.0
-        return (state["square_avg"] - centre).clamp_(min=0).sqrt_().add_(group["eps"])
-    if "sum" in state:  # Adagrad
-        return state["sum"].sqrt().add_(group["eps"])
-    return torch.ones_like(w0.data)
-
-
-def is_adaptive(w0: nn.Parameter, optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the optimizer divides w₀'s gradient by something of its own that :func:`preconditioner` knows."""
-    return not _ADAPTIVE.isdisjoint(optimizer.state.get(w0, {}))
-
-
-def bias_correction(beta: float, step: Tensor | float, like: Tensor) -> Tensor:
-    """Adam's 1 − βᵗ, (), without waiting for the device that may hold t."""
-    return 1 - beta ** torch.as_tensor(step, dtype=like.dtype)
-
-
-def _backward_basis(hypernetwork: Hypernetwork, features: Tensor, G: Tensor) -> None:
-    parameters = list(hypernetwork.basis.parameters())
-    if parameters:
-        gradients = torch.autograd.grad(features, parameters, hypernetwork.pull_back(features, G))
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient

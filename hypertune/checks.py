@@ -185,7 +185,9 @@ def _retrained(setup: Setup, own: Tensor, step: float) -> HypergradientCheck:
     ends = space.clip(torch.stack([setup.current + sign * step * d for d in directions for sign in (1, -1)]))
     retrained = retrain(space, prefix, folds, objective, ends)
     if retrained is None:
-        raise ValueError('reference="retrain" needs a TorchClassifier or TorchRegressor whose module can be stacked.')
+        raise ValueError(
+            'reference="retrain" needs a TorchClassifier or TorchRegressor whose module can be stacked, and no weights of rows.'
+        )
     losses = retrained.validation_losses(folds).double().view(-1, 2)
     lengths = (ends[0::2] - ends[1::2]).norm(dim=1) / directions.norm(dim=1)  # shorter at a bound
     return HypergradientCheck(directions @ own, (losses[:, 0] - losses[:, 1]) / lengths)

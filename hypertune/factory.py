@@ -31,6 +31,7 @@ import joblib
 from sklearn.base import BaseEstimator, clone
 from torch import nn
 
+from hypertune.functions import check_call
 from hypertune.modules import refuse_modules
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -176,44 +177,6 @@ def _keyword_defaults(function: Callable[..., nn.Module]) -> dict[str, Any]:
     return {p.name: p.default for p in keywords}
 
 
-def keywords_of(function: Any) -> dict[str, Any]:
-    """The keywords of a plain function (or ``functools.partial`` of one) that have a value, and their values."""
-    if function is None or hasattr(function, "get_params"):
-        return {}
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
-        return {}
-    return {p.name: p.default for p in parameters if p.default is not p.empty}
-
-
-def with_keywords(name: str, function: Any, keywords: dict[str, Any]) -> Any:
-    """The function with other values of its keywords; raises ValueError for one that it does not have."""
-    if unknown := sorted(keywords.keys() - (known := keywords_of(function)).keys()):
-        raise ValueError(
-            f"Invalid parameter {unknown[0]!r} for {name}={function!r}. Valid parameters are: {sorted(known)}."
-        )
-    return functools.partial(function, **keywords)
-
-
-def numbers_in(function: Any) -> dict[str, float]:
-    """What an object that is called like a function keeps as numbers: a count of its calls, say."""
-    if isinstance(function, functools.partial):
-        return numbers_in(function.func)
-    holder = getattr(function, "__self__", function)  # of a method
-    return {k: v for k, v in getattr(holder, "__dict__", {}).items() if isinstance(v, (int, float))}
-
-
-def check_call(who: str, how: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    """Raise TypeError, saying how it is called, if a user's function does not take these arguments."""
-    try:
-        inspect.signature(function).bind(*args, **kwargs)
-    except TypeError as error:
-        raise TypeError(f"{who} is called with {how}, which it does not take: {error}.") from error
-    except ValueError:  # it has no signature to look at
-        pass
-
-
 def build(factory: Any, n_features_in: Any, n_outputs: int) -> nn.Module:
     """A fresh module of a factory's, and a copy: what the factory returns may be the user's, and the same every time.
 
@@ -254,7 +217,7 @@ def _lookup(function: Callable[..., Any]) -> Any:
     return getattr(module, getattr(function, "__qualname__", ""), None)
 
 
-def _from_decorated(module: str, qualname: str, params: dict[str, Any], by_value: Any = None) -> ModelFactory:
+def _from_decorated(module: str, qualname: str, params: dict[str, Any], by_value: Any) -> ModelFactory:
     here = importlib.import_module(module)
     if by_value is not None and not isinstance(getattr(here, qualname, None), ModelFactory):
         return _from_function(by_value.func, params)

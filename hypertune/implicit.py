@@ -10,9 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hypertune.algorithms import Problem, preconditioner, settle
+from hypertune.algorithms import Problem, settle
 from hypertune.hypergradients import Implicit, Linearisation, pace, step_size
 from hypertune.hypernetworks import Hypernetwork
+from hypertune.response_optimizers import preconditioner
 
 
 class T1T2Adjoint:
@@ -33,7 +34,7 @@ class ImplicitAdjoint:
 
         (H + P / (α · horizon)) q = ∇_w L_Valid,
 
-    P and α the preconditioner and the step size of the weights' optimizer. Far from a strongly convex optimum q would grow along
+    P the preconditioner of the weights' optimizer, and α its step size over 1 − momentum (or 1, for Newton steps). Far from a strongly convex optimum q would grow along
     flat directions, in which the weights do not get anywhere in the time that they have: hence the second term. Every call
     starts from the last q. No response is sampled, so that the weight of one training example among thousands is not lost
     in the noise of the others.
@@ -117,8 +118,8 @@ class ImplicitAdjoint:
 
     def _preconditioner(self, at: Linearisation) -> Tensor:
         """The weights' own; where they have none, a running estimate of the size of H's rows (as AdaHessian's)."""
-        if self.weight_optimizer.state.get(self.hypernetwork.w0):
-            return preconditioner(self.hypernetwork.w0, self.weight_optimizer)
+        if (P := preconditioner(self.hypernetwork.w0, self.weight_optimizer)) is not None:
+            return P
         if self.description.inner == "optimizer":
             return torch.ones_like(self.q)
         rows = at.row_sizes().square()

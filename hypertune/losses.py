@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hypertune.dropout import Value, is_zero
-from hypertune.factory import check_call
+from hypertune.functions import check_call
 
 Loss = Callable[[Tensor, Tensor, Value], Tensor]
 

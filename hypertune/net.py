@@ -36,7 +36,8 @@ from hypertune.arrays import (
 from hypertune.batches import Minibatches, Rows
 from hypertune.callbacks import CallbackSupportMixin, fit_task, with_callbacks
 from hypertune.dropout import is_zero
-from hypertune.factory import MLP, build, check_call, keywords_of, with_keywords
+from hypertune.factory import MLP, build
+from hypertune.functions import check_call, keywords_of, with_keywords
 from hypertune.losses import Loss, as_loss
 from hypertune.modules import Reach
 from hypertune.objective import LOSS_HYPERPARAMETERS, NO_NOISE, Objective

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hypertune.factory import check_call
+from hypertune.functions import check_call
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": lambda params, lr: torch.optim.Adam(params, lr=lr, fused=True),

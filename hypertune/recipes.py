@@ -20,11 +20,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from hypertune.algorithms import (
     Adjoint,
-    PlainOptimizer,
     Problem,
     ResponseOptimizer,
     Step,
-    TangentOptimizer,
     descend_response,
     descend_w,
     fit_response,
@@ -36,6 +34,7 @@ from hypertune.hypergradients import DESCRIPTIONS, T1T2, Description, Forward, H
 from hypertune.hypernetworks import Builder, Constant, Hypernetwork, Linear
 from hypertune.implicit import ImplicitAdjoint, T1T2Adjoint
 from hypertune.net import Net
+from hypertune.response_optimizers import PlainOptimizer, TangentOptimizer
 from hypertune.space import Space
 from hypertune.unrolled import Recorder, Tangent, Unroller
 

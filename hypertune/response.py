@@ -131,6 +131,8 @@ class BestResponse:
         ------
         ValueError
             For a name that was not tuned, a value out of its range, or a setting other than λ̂ if no response was learned.
+        TypeError
+            If the setting is no dict.
         """
         self._check_fold(fold)
         return self.objective.named(self._weights(self._lam([{} if params is None else params]))[fold, 0])
@@ -201,8 +203,8 @@ class BestResponse:
         Raises
         ------
         ValueError
-            As in :meth:`weights`; for a coverage that is not between 0 and 1; and if the response is not that of ``algorithm="joint"`` (or
-            "auto") with ``hypernetwork="linear"``, or no candidates were retrained together with it.
+            As in :meth:`weights`; for a coverage that is not between 0 and 1; and if the response is not that of ``algorithm="joint"``,
+            "auto" or "hybrid" with ``hypernetwork="linear"``, or no candidates were retrained together with it.
         """
         if not 0 < coverage < 1:
             raise ValueError(f"coverage must be between 0 and 1, got {coverage!r}.")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hypertune.arrays import fingerprint
 from hypertune.batches import Batch, Minibatches, Rows
-from hypertune.factory import numbers_in
+from hypertune.functions import numbers_in
 from hypertune.net import TorchEstimator, plain_settings
 from hypertune.objective import Objective
 from hypertune.randomness import draw_seed, isolated, rng_state, seed_torch, set_rng_state

@@ -24,7 +24,7 @@ from skorch.callbacks import LRScheduler
 from torch import Tensor, nn
 
 from hypertune.batches import Rows
-from hypertune.factory import keywords_of
+from hypertune.functions import keywords_of
 from hypertune.losses import CustomLoss, cross_entropy
 from hypertune.modules import Reach
 from hypertune.objective import Objective

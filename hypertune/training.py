@@ -85,7 +85,7 @@ def hyper_train(
     response : BestResponse
         ``response.params`` is the tuned setting.
     history : dict from str to ndarray
-        One entry per record: step, seconds, epoch, train_loss, validation_loss and each hyperparameter (one column for each
+        "algorithm" (a string: which one, and why), and one entry per record: step, seconds, epoch, train_loss, validation_loss and each hyperparameter (one column for each
         of its values, if it has a grain).
 
     Raises

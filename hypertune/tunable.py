@@ -24,6 +24,7 @@ from hypertune.objective import LOSS_HYPERPARAMETERS, Objective
 from hypertune.randomness import isolated
 from hypertune.space import OUTER, Grain, Hyperparameter, Shape, Space
 
+_ALIKE = 5  # modules that are built at one value
 _GRAINS: dict[str, tuple[Grain | None, ...]] = {
     "weight_decay": (None, "layer", "unit", "weight", "feature"),
     "l1": (None, "layer", "unit", "weight", "feature"),
@@ -62,23 +63,9 @@ def check_settings(owner: str, settings: Mapping[str, Any], space: Space, prefix
     module = settings.get(f"{prefix}module")
     for h in space.hyperparameters:
         name, where = h.name, f"param_distributions[{h.name!r}]"
-        if name not in settings and name.startswith(f"{prefix}module__") and isinstance(module, nn.Module):
-            raise ValueError(
-                f"{where}: module is a {type(module).__name__} that is built already, so no keyword of it can be set. Give its class "
-                "or another factory (n_features_in, n_outputs) -> nn.Module with that keyword."
-            )
-        if (
-            name not in settings
-            and name.startswith(f"{prefix}module__")
-            and inspect.isclass(module)
-            and hasattr(module, "get_params")
-        ):
-            raise ValueError(f"{where}: module is the class {module.__name__}; give it a factory, {module.__name__}().")
-        if name not in settings and name.startswith(f"{prefix}module__") and module is None:
-            raise ValueError(
-                f"{where}: module is None, which stands for MLP() and has no keywords to set. Give it: module=MLP()."
-            )
         if name not in settings:
+            if name.startswith(f"{prefix}module__"):
+                _check_factory(where, module)
             near = difflib.get_close_matches(name, settings, n=3, cutoff=0.5)
             near += [known for known in settings if known.endswith(f"__{name}") and known not in near]
             hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"choose one of {sorted(settings)}."
@@ -95,6 +82,21 @@ def check_settings(owner: str, settings: Mapping[str, Any], space: Space, prefix
                 f"{where}: its current value {settings[name]!r} is not a number, so there is no gradient to follow. Set it on "
                 f"the estimator, or give it to {OUTER}."
             )
+
+
+def _check_factory(where: str, module: Any) -> None:
+    """Refuse a keyword of what is no factory with keywords."""
+    if isinstance(module, nn.Module):
+        raise ValueError(
+            f"{where}: module is a {type(module).__name__} that is built already, so no keyword of it can be set. Give its class "
+            "or another factory (n_features_in, n_outputs) -> nn.Module with that keyword."
+        )
+    if inspect.isclass(module) and hasattr(module, "get_params"):
+        raise ValueError(f"{where}: module is the class {module.__name__}; give it a factory, {module.__name__}().")
+    if module is None:
+        raise ValueError(
+            f"{where}: module is None, which stands for MLP() and has no keywords to set. Give it: module=MLP()."
+        )
 
 
 def check_names(net: Net, space: Space, prefix: str) -> None:
@@ -118,8 +120,8 @@ def check_names(net: Net, space: Space, prefix: str) -> None:
             raise ValueError(
                 f"{where}: {own!r} does not change the loss that training minimises, so there is no gradient to follow "
                 "(Lorraine & Duvenaud 2018, section 2.2). Set it on the estimator, or give it to "
-                f"{OUTER}. By gradient: {sorted(net.loss_names)}, the keywords of "
-                "penalty and augment, and the dropout rates among module__…."
+                f"{OUTER}. By gradient: {sorted(net.loss_names)}, {'the keywords of penalty and augment, ' * ('augment' in net.get_params())}"
+                "and the dropout rates among module__…."
             )
         if reason := net._why_not(own):
             raise ValueError(f"{where}: {reason}.")
@@ -225,9 +227,9 @@ def check_reach(
 
     for value in map(float, values):
         theirs = of_built(value)
-        if not same(theirs, of_built(value)):
-            continue  # no two of these modules are alike
-        if not same(outputs(objective.with_statistics_of(1, 1), value), theirs):
+        if same(outputs(objective.with_statistics_of(1, 1), value), theirs):
+            continue
+        if all(same(theirs, of_built(value)) for _ in range(_ALIKE)):  # else no two of these modules are
             found = ", ".join(f"{path}.{attribute}" for path, attribute, _, _ in objective.reach[own])
             raise ValueError(
                 f"param_distributions[{name!r}]: it sets {found} in the module, and something else that is not found: a module that is built "

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hypertune.algorithms import Problem, ResponseOptimizer, bias_correction, is_adaptive, preconditioner, settle
+from hypertune.algorithms import Problem, ResponseOptimizer, settle
 from hypertune.hypergradients import Linearisation, step_size
 from hypertune.hypernetworks import Hypernetwork
+from hypertune.response_optimizers import bias_correction, preconditioner
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,10 @@ class Dynamics:
         those of SGD, which has no preconditioner, are what they are.
         """
         w0, group = hypernetwork.w0, optimizer.param_groups[0]
-        state, s = optimizer.state.get(w0, {}), step_size(optimizer) / preconditioner(w0, optimizer)
-        if is_adaptive(w0, optimizer):
-            s = torch.minimum(s, 1 / rows().clamp(min=1e-12))
+        state, P = optimizer.state.get(w0, {}), preconditioner(w0, optimizer)
+        s = torch.full_like(w0.data, step_size(optimizer))
+        if P is not None:
+            s = torch.minimum(s / P, 1 / rows().clamp(min=1e-12))
         zero = torch.zeros_like(w0.data)
         if "betas" in group:
             beta = group["betas"][0]
@@ -58,8 +60,8 @@ class Dynamics:
         buffer = state.get("momentum_buffer")
         if buffer is None:
             buffer = zero
-        elif "square_avg" in state:  # RMSprop's is of gradients that were divided by the preconditioner
-            buffer = buffer * preconditioner(w0, optimizer)
+        elif P is not None:  # RMSprop's is of gradients that were divided by it
+            buffer = buffer * P
         return cls(buffer, s, group.get("momentum", 0.0), 1.0)
 
 

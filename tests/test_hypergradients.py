@@ -24,10 +24,11 @@ from hypertune import (
     per_layer,
     per_weight,
 )
-from hypertune.algorithms import PlainOptimizer, TangentOptimizer, descend_response, joint
+from hypertune.algorithms import descend_response, joint
 from hypertune.hypergradients import Hybrid, Implicit, Unrolled, alternate
 from hypertune.hypernetworks import Constant, Layout, Linear
 from hypertune.implicit import ImplicitAdjoint, T1T2Adjoint, conjugate_gradients, nystrom
+from hypertune.response_optimizers import PlainOptimizer, TangentOptimizer
 from hypertune.unrolled import Dynamics, Recorder, Tangent, Unroller
 from tests.ridge import Ridge
 

@@ -51,17 +51,16 @@ from benchmarks.figures import linear, race
 from benchmarks.figures.race import HIGH, LOW, ONE, State, Trainer
 from benchmarks.figures.rows import Row, markdown, pick, row, seeds, spread
 from hypertune.algorithms import (
-    PlainOptimizer,
     Problem,
     ResponseOptimizer,
     Step,
-    TangentOptimizer,
     descend_response,
     fit_response,
     joint,
     simplified,
 )
 from hypertune.hypernetworks import Builder, Hypernetwork, Linear, ReluMLP
+from hypertune.response_optimizers import PlainOptimizer, TangentOptimizer
 
 TITLE = "Algorithms 1 to 4 on one problem, 10 weight decays of a linear model: validation loss against seconds"
 

@@ -50,8 +50,9 @@ from torch import Tensor
 
 from benchmarks.figures import linear
 from benchmarks.figures.rows import Row, markdown, pick, seeds, spread
-from hypertune.algorithms import PlainOptimizer, descend_response, fit_response
+from hypertune.algorithms import descend_response, fit_response
 from hypertune.hypernetworks import ReluMLP
+from hypertune.response_optimizers import PlainOptimizer
 
 TITLE = (
     "global best response: validation loss over one weight decay, learned (Algorithm 2) against trained from scratch"

@@ -42,8 +42,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks.figures.rows import Row, markdown, pick, row, seeds, spread
-from hypertune.algorithms import Problem, Step, TangentOptimizer, fit_response, joint
+from hypertune.algorithms import Problem, Step, fit_response, joint
 from hypertune.hypernetworks import Hypernetwork, Layout, Linear
+from hypertune.response_optimizers import TangentOptimizer
 
 TITLE = "exact and approximate optimal weights on a two-weight problem: w*(λ), the tangent at λ̂, λ* and λ_φ*"
 

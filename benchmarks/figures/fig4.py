@@ -44,8 +44,9 @@ from torch import Tensor
 from benchmarks.figures import linear
 from benchmarks.figures.fig2 import EXACT, HIGH, LOW, SCRATCH, SHOWN, TRAINING_IMAGES, apart, lowest, minima
 from benchmarks.figures.rows import Row, pick, seeds
-from hypertune.algorithms import PlainOptimizer, joint
+from hypertune.algorithms import joint
 from hypertune.hypernetworks import Hypernetwork, Linear
+from hypertune.response_optimizers import PlainOptimizer
 
 TITLE = (
     "local best response: train and validation loss over one weight decay, learned around λ̂ (Algorithm 3), and λ̂'s end"

@@ -51,12 +51,13 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from benchmarks.figures import linear
 from benchmarks.figures.rows import Row, markdown, pick, row, seeds, spread
-from hypertune.algorithms import PlainOptimizer, Problem, Step, TangentOptimizer, descend_w, joint
+from hypertune.algorithms import Problem, Step, descend_w, joint
 from hypertune.hypergradients import Implicit, alternate
 from hypertune.hypernetworks import Constant, Hypernetwork, LowRank
 from hypertune.hyperprior import SCALES, vertex
 from hypertune.implicit import ImplicitAdjoint
 from hypertune.losses import nats_per_unit, squared_error
+from hypertune.response_optimizers import PlainOptimizer, TangentOptimizer
 from hypertune.unrolled import Recorder
 
 TITLE = "7,850 hyperparameters: hyper-training against unrolled optimisation, one exact λ and the exact bilevel optimum"

@@ -56,8 +56,9 @@ from benchmarks.figures import linear, stacked
 from benchmarks.figures.gaussian import fair_gp, paper_gp
 from benchmarks.figures.legendre import Legendre
 from benchmarks.figures.rows import Row, markdown, pick, row, spread
-from hypertune.algorithms import PlainOptimizer, fit_response
+from hypertune.algorithms import fit_response
 from hypertune.hypernetworks import Builder, Hypernetwork, Linear, ReluMLP
+from hypertune.response_optimizers import PlainOptimizer
 
 TITLE = (
     "weights versus loss: validation losses at 10,215 λ, predicted by GPs and by hypernetworks from the same seconds"

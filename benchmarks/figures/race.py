@@ -20,8 +20,9 @@ from torch import Tensor
 
 from benchmarks.figures import linear
 from benchmarks.figures.rows import Row, markdown, pick, row, seeds, spread
-from hypertune.algorithms import PlainOptimizer, ResponseOptimizer, TangentOptimizer, joint
+from hypertune.algorithms import ResponseOptimizer, joint
 from hypertune.hypernetworks import Builder, Layout
+from hypertune.response_optimizers import PlainOptimizer, TangentOptimizer
 
 LOW, HIGH = -8.0, 2.0  # of every λ
 START = -3.0  # everybody's first λ, the middle

@@ -41,8 +41,9 @@ from sklearn.datasets import load_diabetes
 from torch import Tensor
 
 from benchmarks.figures.rows import Row, markdown, pick, row, seeds
-from hypertune.algorithms import PlainOptimizer, Problem, fit_response
+from hypertune.algorithms import Problem, fit_response
 from hypertune.hypernetworks import Builder, Hypernetwork, Layout, Linear, ReluMLP
+from hypertune.response_optimizers import PlainOptimizer
 
 TITLE = "Theorem 2.1: the gap to min_w L_Train over the support of p(λ) against hypernetwork width and training steps"
 
