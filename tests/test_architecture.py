@@ -143,9 +143,17 @@ def test_imports_go_only_leftwards():
         assert own <= allowed, f"{room} imports {own - allowed}"
 
 
+def test_every_room_is_described():
+    described = (PACKAGE.parent / "docs" / "CONTRIBUTING.md").read_text()
+    assert not [room for room in ROOMS if f"`{room}`" not in described]
+
+
 def test_the_mathematics_knows_no_scikit_learn():
     torch_only = {
         "space",
+        "dropout",
+        "recurrent",
+        "layers",
         "modules",
         "losses",
         "penalties",
@@ -154,6 +162,7 @@ def test_the_mathematics_knows_no_scikit_learn():
         "stacked",
         "objective",
         "algorithms",
+        "response_optimizers",
         "descent",
     }
     for room in torch_only | {"hypergradients", "implicit", "unrolled"}:
