@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hypertune.folds import Fold
 from hypertune.objective import Objective
-from hypertune.response import Fold
 from hypertune.retraining import Retrained, retrain
 from hypertune.space import Space
 

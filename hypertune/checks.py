@@ -24,11 +24,10 @@ from sklearn.base import clone
 from torch import Tensor
 
 from hypertune.batches import Minibatches
-from hypertune.folds import last_step, prefix_of
+from hypertune.folds import Fold, last_step, prefix_of
 from hypertune.implicit import conjugate_gradients
 from hypertune.net import TorchEstimator
 from hypertune.randomness import isolated
-from hypertune.response import Fold
 from hypertune.retraining import retrain
 from hypertune.search import HyperTrainingSearchCV, Setup
 from hypertune.stacked import flat_weights

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,9 +22,47 @@ from sklearn.utils.metadata_routing import process_routing
 from sklearn.utils.metaestimators import _safe_split
 from sklearn.utils.validation import _check_method_params, _num_samples
 
+from hypertune.arrays import fingerprint
 from hypertune.batches import Rows
 from hypertune.net import Net, TorchEstimator
-from hypertune.response import Fold
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One split, ready for training.
+
+    Parameters
+    ----------
+    net : Net
+        Has seen the training rows (classes, widths, target scale) but is not trained.
+    preprocess : fitted Pipeline or None
+        The steps before the net, fitted on this fold's training rows, and an identity at the end.
+    train, valid : Rows
+        Preprocessed rows as tensors.
+    key : str, default=""
+        Fingerprint of the training rows, once they are let go of.
+    padded : bool, default=False
+        Whether some folds have columns of zeros to be as wide as the others, so that fits of their own are other ones.
+    """
+
+    net: Net
+    preprocess: Pipeline | None
+    train: Rows
+    valid: Rows
+    key: str = ""
+    padded: bool = False
+
+    def with_fewer_valid(self, most: int) -> Fold:
+        """The same fold with at most so many of its validation rows, a draw that is the same every time."""
+        if len(self.valid.x) <= most:
+            return self
+        drawn = torch.randperm(len(self.valid.x), generator=torch.Generator().manual_seed(0))[:most]
+        return replace(self, valid=self.valid.take(drawn))
+
+    def without_training_rows(self) -> Fold:
+        """What a trained response needs of the fold. (Under K-fold the validation rows of all folds are all rows.)"""
+        nothing = Rows(self.train.x[:0].clone(), self.train.y[:0].clone())  # an empty view would keep all rows
+        return replace(self, train=nothing, key=fingerprint(*self.train[:3]))
 
 
 def net_of(estimator: Any) -> Net:

@@ -16,7 +16,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from hypertune.response import BestResponse, Fold
+from hypertune.folds import Fold
+from hypertune.response import BestResponse
 
 SCALES = (0.5, 1.0, 2.0, 4.0)  # units of λ
 

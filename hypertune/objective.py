@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hypertune.batches import Batch
+from hypertune.batches import Batch, Rows
 from hypertune.dropout import Value, is_zero
 from hypertune.losses import CustomLoss, Loss
 from hypertune.modules import Reach
@@ -49,6 +49,7 @@ LOSS_HYPERPARAMETERS: dict[str, tuple[float, float]] = {
     "mixup": (0.0, 1.0),
     "sample_weight": (0.0, math.inf),
 }
+_PIECE = 4096  # rows in one pass
 _AUGMENT, _NOISE, _MIXUP = range(3)  # streams of random numbers
 NO_NOISE = (
     "reaches nothing: all columns of inputs hold whole numbers, which are taken for codes. Scale those that are not."
@@ -243,11 +244,24 @@ class Objective(StackedModule):
 
         ``fold`` says whose buffers to use if all M models belong to one fold: one set for all of them, or one for each.
         """
-        return self.loss_of_outputs(self.predict(w, batch.x, fold=fold), batch)
+        return self._mean_loss(self.predict(w, batch.x, fold=fold), batch, 0.0)
 
-    def loss_of_outputs(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Validation loss of each model, given what it put out: (M, B, outputs) → (M,)."""
-        return self._mean_loss(outputs, batch, 0.0)
+    def full_valid_loss(self, w: Tensor, rows: Rows, fold: int) -> Tensor:
+        """L_Valid of M models w (M, D) of one fold on all its rows, (M,): outputs in pieces, since the loss need not be a sum over rows."""
+        with torch.no_grad():
+            outputs = [self.predict(w, x, fold=fold) for x in _pieces(rows, len(w))]
+            return self._mean_loss(torch.cat(outputs, dim=1), _targets(rows, len(w)), 0.0)
+
+    def full_valid_gradient(self, w: Tensor, rows: Rows, fold: int) -> Tensor:
+        """Of the same for one model, (1, D)."""
+        with torch.no_grad():
+            outputs = [self.predict(w, x, fold=fold) for x in _pieces(rows, 1)]
+        whole = torch.cat(outputs, dim=1).requires_grad_()
+        (of_outputs,) = torch.autograd.grad(self._mean_loss(whole, _targets(rows, 1), 0.0).sum(), whole)
+        w, slope = w.detach().requires_grad_(), torch.zeros_like(w)
+        for x, of_piece in zip(_pieces(rows, 1), of_outputs.split(_PIECE, dim=1), strict=True):
+            slope += torch.autograd.grad(self.predict(w, x, fold=fold), w, of_piece)[0]
+        return slope
 
     def predict(self, w: Tensor, x: Tensor, *, fold: int | None = None) -> Tensor:
         """Outputs in eval mode: w (M, D), x (M, B, ...) → (M, B, outputs); ``fold`` whose running statistics are used, as in valid_loss."""
@@ -316,6 +330,18 @@ class Objective(StackedModule):
         if isinstance(strength, Mapping):
             return sum((s * named[k].abs()).flatten(1).sum(1) for k, s in strength.items())
         return sum(strength * named[k].abs().flatten(1).sum(1) for k in self._penalised)
+
+
+def _pieces(rows: Rows, models: int) -> Iterator[Tensor]:
+    """Some rows x after others, for so many models: (models, up to _PIECE, ...)."""
+    for x in rows.x.split(_PIECE):
+        yield x.expand(models, *x.shape)
+
+
+def _targets(rows: Rows, models: int) -> Batch:
+    """All targets and relative weights, for so many models, without the rows themselves."""
+    y, weight = rows.y.expand(models, *rows.y.shape), rows.weight
+    return Batch(rows.x[:0], y, None if weight is None else (weight / weight.mean()).expand(models, -1))
 
 
 def _keywords(prefix: str, values: Mapping[str, Value]) -> dict[str, Value]:

@@ -6,8 +6,8 @@ search.best_response_.estimator_at({"weight_decay": 1e-3})          # without tr
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,8 @@ from sklearn.pipeline import Pipeline
 from torch import Tensor, nn
 
 from hypertune.arrays import fingerprint
-from hypertune.batches import Batch, Rows
+from hypertune.batches import Rows
+from hypertune.folds import Fold
 from hypertune.hypernetworks import Hypernetwork
 from hypertune.losses import output_scale
 from hypertune.net import Net, gradients, plain_settings
@@ -25,50 +26,11 @@ from hypertune.objective import Objective
 from hypertune.randomness import isolated
 from hypertune.space import Space, Value
 
-_PIECE = 4096  # rows in one pass
 _LOOKED_AT = 100  # rows
 _NOTHING = 0.01  # standard deviation over rows of the outputs: logits, or in standard deviations of the targets
 
 
-@dataclass(frozen=True)
-class Fold:
-    """One split, ready for training.
-
-    Parameters
-    ----------
-    net : Net
-        Has seen the training rows (classes, widths, target scale) but is not trained.
-    preprocess : fitted Pipeline or None
-        The steps before the net, fitted on this fold's training rows, and an identity at the end.
-    train, valid : Rows
-        Preprocessed rows as tensors.
-    key : str, default=""
-        Fingerprint of the training rows, once they are let go of.
-    padded : bool, default=False
-        Whether some folds have columns of zeros to be as wide as the others, so that fits of their own are other ones.
-    """
-
-    net: Net
-    preprocess: Pipeline | None
-    train: Rows
-    valid: Rows
-    key: str = ""
-    padded: bool = False
-
-    def with_fewer_valid(self, most: int) -> Fold:
-        """The same fold with at most so many of its validation rows, a draw that is the same every time."""
-        if len(self.valid.x) <= most:
-            return self
-        drawn = torch.randperm(len(self.valid.x), generator=torch.Generator().manual_seed(0))[:most]
-        return replace(self, valid=self.valid.take(drawn))
-
-    def without_training_rows(self) -> Fold:
-        """What a trained response needs of the fold. (Under K-fold the validation rows of all folds are all rows.)"""
-        nothing = Rows(self.train.x[:0].clone(), self.train.y[:0].clone())  # an empty view would keep all rows
-        return replace(self, train=nothing, key=fingerprint(*self.train[:3]))
-
-
-@dataclass
+@dataclass(frozen=True, eq=False)
 class BestResponse:
     """The learned best response w_φ(λ) of every fold: weights at any λ, at the price of a forward pass.
 
@@ -267,13 +229,7 @@ class BestResponse:
 
     def _validation_losses(self, lam: Tensor, folds: Sequence[Fold] | None = None) -> Tensor:
         """λ (m, n) → (K, m), on all validation rows of each fold, or on those of the given ones."""
-        losses = []
-        for one in lam.to(self.hypernetwork.w0):  # one λ at a time: K copies of the model in memory, not K × m
-            w = self._weights(one[None])
-            losses.append(
-                torch.cat([full_losses(self.objective, w[k], f.valid, k) for k, f in enumerate(folds or self.folds)])
-            )
-        return torch.stack(losses, dim=1).cpu()
+        return validation_losses(self.hypernetwork, self.objective, folds or self.folds, lam)
 
     def _standard_deviations(self, lam: Tensor) -> Tensor:
         """Of the validation loss at λ (m, n), mean over folds, (m,), to first order, if w₀ has a standard deviation of one."""
@@ -289,7 +245,7 @@ class BestResponse:
                 continue
             slopes = torch.zeros_like(self.hypernetwork.w0)
             for k, (w, fold) in enumerate(zip(self._weights(one[None]), self.folds, strict=True)):
-                slopes[k] = _full_gradient(self.objective, w, fold.valid, k)[0]
+                slopes[k] = self.objective.full_valid_gradient(w, fold.valid, k)[0]
             found.append((variance * slopes.square()).sum(dim=1).sqrt().mean())
         return torch.stack(found).cpu().double()
 
@@ -339,32 +295,11 @@ class BestResponse:
         return {name.removeprefix(self.prefix): value for name, value in setting.items()}
 
 
-def full_losses(objective: Objective, w: Tensor, rows: Rows, fold: int) -> Tensor:
-    """L_Valid of m models w (m, D) of one fold on all its rows, (m,): outputs in pieces, since the loss need not be a sum over rows."""
-    with torch.no_grad():
-        outputs = [objective.predict(w, x, fold=fold) for x in _pieces(rows, len(w))]
-        return objective.loss_of_outputs(torch.cat(outputs, dim=1), _targets(rows, len(w)))
-
-
-def _full_gradient(objective: Objective, w: Tensor, rows: Rows, fold: int) -> Tensor:
-    """Of L_Valid of a model w (1, D) of one fold on all its rows, (1, D)."""
-    with torch.no_grad():
-        outputs = [objective.predict(w, x, fold=fold) for x in _pieces(rows, 1)]
-    whole = torch.cat(outputs, dim=1).requires_grad_()
-    (of_outputs,) = torch.autograd.grad(objective.loss_of_outputs(whole, _targets(rows, 1)).sum(), whole)
-    w, slope = w.detach().requires_grad_(), torch.zeros_like(w)
-    for x, of_piece in zip(_pieces(rows, 1), of_outputs.split(_PIECE, dim=1), strict=True):
-        slope += torch.autograd.grad(objective.predict(w, x, fold=fold), w, of_piece)[0]
-    return slope
-
-
-def _pieces(rows: Rows, models: int) -> Iterator[Tensor]:
-    """Some rows x after others, for so many models: (models, up to _PIECE, ...)."""
-    for x in rows.x.split(_PIECE):
-        yield x.expand(models, *x.shape)
-
-
-def _targets(rows: Rows, models: int) -> Batch:
-    """All targets and relative weights, for so many models; the rows are seen in pieces."""
-    y, weight = rows.y.expand(models, *rows.y.shape), rows.weight
-    return Batch(rows.x[:0], y, None if weight is None else (weight / weight.mean()).expand(models, -1))
+def validation_losses(hypernetwork: Hypernetwork, objective: Objective, folds: Sequence[Fold], lam: Tensor) -> Tensor:
+    """L_Valid of w_φ(λ) at λ (m, n), (K, m), on all validation rows of each fold."""
+    losses = []
+    for one in lam.to(hypernetwork.w0):  # one λ at a time: K copies of the model in memory, not K × m
+        with torch.no_grad():
+            w = hypernetwork(one[None])
+        losses.append(torch.cat([objective.full_valid_loss(w[k], f.valid, k) for k, f in enumerate(folds)]))
+    return torch.stack(losses, dim=1).cpu()

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from hypertune.arrays import fingerprint
 from hypertune.batches import Batch, Minibatches, Rows
+from hypertune.folds import Fold
 from hypertune.functions import numbers_in
 from hypertune.net import TorchEstimator, plain_settings
 from hypertune.objective import Objective
 from hypertune.randomness import draw_seed, isolated, rng_state, seed_torch, set_rng_state
-from hypertune.response import Fold, full_losses
 from hypertune.space import Space
 from hypertune.training import make_values
 
@@ -75,7 +75,7 @@ class Retrained:
         """Mean over folds of L_Valid of each setting on all validation rows, (C,); infinite where a model is not finite."""
         losses = torch.stack(
             [
-                full_losses(self.objective, torch.from_numpy(w).to(fold.valid.x), fold.valid, k)
+                self.objective.full_valid_loss(torch.from_numpy(w).to(fold.valid.x), fold.valid, k)
                 for k, (w, fold) in enumerate(zip(self.weights, folds, strict=True))
             ]
         )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from numbers import Integral, Real
 from typing import Any, ClassVar, NamedTuple, Self, get_args
@@ -26,15 +27,15 @@ from torch import Tensor
 
 from hypertune.callbacks import epochs
 from hypertune.candidates import distinct, retrain_candidates
-from hypertune.folds import last_step, make_folds, net_of, prefix_of
+from hypertune.folds import Fold, last_step, make_folds, net_of, prefix_of
 from hypertune.hypergradients import Description
 from hypertune.hypernetworks import HYPERNETWORKS, Builder
 from hypertune.hyperprior import choose_scale
-from hypertune.net import TorchEstimator, gradients
+from hypertune.net import Known, TorchEstimator, gradients
 from hypertune.objective import Objective
 from hypertune.randomness import draw_seed
 from hypertune.recipes import NAMES
-from hypertune.response import BestResponse, Fold
+from hypertune.response import BestResponse
 from hypertune.space import Space
 from hypertune.starts import out_of_corners, restarts, screen
 from hypertune.training import hyper_train, stack
@@ -319,11 +320,11 @@ class HyperTrainingSearchCV(BaseSearchCV):
         own = {"estimator": self.estimator, "cv": self.cv}
         earlier = {name: self.__dict__.pop(name) for name in self._fitted()}
         net = last_step(self.estimator)
+        self._known: list[Known] = []
         try:
             if isinstance(net, TorchEstimator):
                 # The clones of this one look here for weights that are known already, and for the numbers of their rows.
                 self.estimator = clone(self.estimator)
-                self._known: list[Any] = []
                 last_step(self.estimator)._known = self._known
                 if net.sample_weight is not None or self._weighs_rows():
                     last_step(self.estimator)._row_numbers = {}
@@ -337,7 +338,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
             self.__dict__.update(earlier)  # the results are those of the last whole fit, if there was one
             raise
         finally:
-            getattr(self, "_known", []).clear()  # the nets of best_response_ know the same list
+            self._known.clear()  # the nets of best_response_ know the same list
             self.__dict__.update(own)
             for name in ("_inputs", "_routed", "_known", "_callback_ctx"):
                 self.__dict__.pop(name, None)
@@ -403,17 +404,17 @@ class HyperTrainingSearchCV(BaseSearchCV):
                 break
             response, history = tune(folds, start=again, grain_scale=grain_scale)
         self.history_ = history | {"grain_scale": grain_scale}
-        self.best_response_ = response
         if self.evaluate == "hypernetwork":
+            self.best_response_ = response
             self._known.append(response)
             return [response.params]
         tuned = space.encode(response.params)
         candidates = distinct(tuned, start, current)
-        candidates, retrained, response.verified = retrain_candidates(
+        candidates, retrained, verified = retrain_candidates(
             space, prefix, folds, objective, candidates, more=self.start == "screened", watched=self._is_watched()
         )
-        if retrained:
-            self._known += retrained
+        self.best_response_ = replace(response, verified=verified)
+        self._known += retrained
         return [space.decode(lam) for lam in candidates]
 
     def _set_up(self) -> Setup:

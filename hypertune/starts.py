@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from hypertune.batches import Minibatches
+from hypertune.folds import Fold
 from hypertune.hyperprior import vertex
 from hypertune.objective import Objective
-from hypertune.response import Fold
 from hypertune.retraining import Retrained, retrain
 from hypertune.space import Space
 

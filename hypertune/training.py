@@ -25,14 +25,15 @@ from tqdm.auto import tqdm
 from hypertune.algorithms import Problem, Step, settle
 from hypertune.batches import Batch, Minibatches
 from hypertune.descent import Descent
+from hypertune.folds import Fold
 from hypertune.hypergradients import Description
-from hypertune.hypernetworks import Builder, Layout
+from hypertune.hypernetworks import Builder, Hypernetwork, Layout
 from hypertune.losses import nats_per_unit
 from hypertune.net import Net
 from hypertune.objective import NO_NOISE, Objective
 from hypertune.randomness import isolated
 from hypertune.recipes import choose, phi_optimizer, stream
-from hypertune.response import BestResponse, Fold
+from hypertune.response import BestResponse, validation_losses
 from hypertune.space import OUTER, Hyperparameter, Space
 from hypertune.stacked import flat_weights
 from hypertune.tunable import arrangements, check_reach, find_reaches
@@ -114,7 +115,6 @@ def hyper_train(
             center = center + _SIMPLIFIED_OFFSET  # maybe out of the box: it is no setting
         phi = recipe.builder(hypernetwork).build(w0, center, _layout(space, prefix, net, objective, folds[0].train.x))
         del w0  # large models have no memory for two
-        response = BestResponse(space, prefix, {}, phi, objective, folds, seed=seed)
 
         per_epoch = train_batches.steps_per_epoch
         steps = max_epochs * per_epoch
@@ -138,7 +138,7 @@ def hyper_train(
 
         recorded = max(1, min(per_epoch, steps // _RECORDS))
         trace = _Trace(
-            response, lam_hat, begin, per_epoch,
+            space, phi, objective, folds, lam_hat, begin, per_epoch,
             averaged_from=max(first, (1 - averaging) * steps), n_records=steps / recorded,
         )  # fmt: skip
         with tqdm(total=steps, desc="hyper-training", unit="step", disable=not progress, leave=False) as bar:
@@ -171,13 +171,13 @@ def hyper_train(
     phi.keep(K)  # the other initial weights have done their part
     objective.forget_statistics_but_of(K)
     objective.remembered = objective.remembers()
-    response.params = space.decode(average)
-    response.hypergradient = trace.slope.cpu()
-    response.sigma = recipe.sigma(scale) if phi.linear else None
     phi.center = phi.center.detach().clone()
     phi.zero_grad()
     phi.requires_grad_(False)
-    response.folds = [fold.without_training_rows() for fold in folds]
+    response = BestResponse(
+        space, prefix, space.decode(average), phi, objective, [fold.without_training_rows() for fold in folds],
+        hypergradient=trace.slope.cpu(), sigma=recipe.sigma(scale) if phi.linear else None, seed=seed,
+    )  # fmt: skip
     return response, {"algorithm": f"{recipe.name}: {recipe.reason}", **trace.arrays()}
 
 
@@ -322,7 +322,10 @@ class _Trace:
 
     def __init__(
         self,
-        response: BestResponse,
+        space: Space,
+        phi: Hypernetwork,
+        objective: Objective,
+        folds: Sequence[Fold],
         lam_hat: Tensor,
         begin: float,
         per_epoch: int,
@@ -330,10 +333,11 @@ class _Trace:
         averaged_from: float,
         n_records: float,
     ):
-        self.response, self.lam_hat, self.begin, self.per_epoch = response, lam_hat, begin, per_epoch
+        self.space, self.phi, self.objective = space, phi, objective
+        self.lam_hat, self.begin, self.per_epoch = lam_hat, begin, per_epoch
         self.averaged_from, self._most_values = averaged_from, _RECORDED_VALUES / n_records
-        rows = _FEWER_RECORDED if response.objective.cost > _COSTLY else _RECORDED_ROWS
-        self._folds = [fold.with_fewer_valid(rows) for fold in response.folds]
+        rows = _FEWER_RECORDED if objective.cost > _COSTLY else _RECORDED_ROWS
+        self._folds = [fold.with_fewer_valid(rows) for fold in folds]
         self.rows: list[dict[str, Any]] = []
         self._losses: list[Tensor] = []
         self._sum, self._count = torch.zeros_like(lam_hat), 0
@@ -359,11 +363,11 @@ class _Trace:
         train_loss = float(torch.stack(self._losses).mean()) if self._losses else self.rows[-1]["train_loss"]
         self._losses.clear()
         lam = self.lam_hat.detach().cpu().double()
-        valid_loss = float(self.response._validation_losses(lam[None], self._folds).mean())
+        valid_loss = float(validation_losses(self.phi, self.objective, self._folds, lam[None]).mean())
         if not (math.isfinite(train_loss) and math.isfinite(valid_loss) and bool(lam.isfinite().all())):
             raise ValueError(
                 f"Hyper-training diverged before step {number}: training loss {train_loss}, validation loss {valid_loss}, "
-                f"λ̂ = {self.response.space.decode(lam)}. Lower the estimator's lr or the search's hyper_lr, or scale X."
+                f"λ̂ = {self.space.decode(lam)}. Lower the estimator's lr or the search's hyper_lr, or scale X."
             )
         self.rows.append(
             {
@@ -372,7 +376,7 @@ class _Trace:
                 "epoch": number / self.per_epoch,
                 "train_loss": train_loss,
                 "validation_loss": valid_loss,
-                **{name: self._some(value.numpy()) for name, value in self.response.space.values(lam).items()},
+                **{name: self._some(value.numpy()) for name, value in self.space.values(lam).items()},
             }
         )
 

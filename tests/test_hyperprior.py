@@ -14,9 +14,9 @@ from sklearn.model_selection import PredefinedSplit
 
 from hypertune import MLP, HyperTrainingSearchCV, TorchRegressor, per_feature, per_weight, training
 from hypertune.batches import Rows
+from hypertune.folds import Fold
 from hypertune.hyperprior import SCALES, choose_scale, vertex
 from hypertune.losses import absolute_error, cross_entropy, nats_per_unit, output_scale, poisson_deviance, squared_error
-from hypertune.response import Fold
 
 
 def test_the_vertex_of_a_parabola_is_found_between_its_points():

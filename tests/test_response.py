@@ -116,7 +116,7 @@ def test_a_band_is_as_wide_as_the_candidates_missed_the_curve(along_one):
 def test_a_band_is_the_same_however_many_rows_go_through_at_once(along_one, monkeypatch):
     response, values = along_one.best_response_, [1e-3, 1e-2]
     whole = response.validation_band("weight_decay", values)
-    monkeypatch.setattr("hypertune.response._PIECE", 7)
+    monkeypatch.setattr("hypertune.objective._PIECE", 7)
     assert_allclose(response.validation_band("weight_decay", values), whole, rtol=1e-4)
 
 
@@ -186,6 +186,6 @@ def test_a_loss_that_is_no_sum_over_rows_is_that_of_all_rows(iris, monkeypatch, 
         own = criterion.double()(module(fold.valid.x), fold.valid.y)
         losses.append(float(own if not weighted else (own * fold.valid.weight).sum() / fold.valid.weight.sum()))
     assert whole == pytest.approx(np.mean(losses))
-    monkeypatch.setattr("hypertune.response._PIECE", 7)
+    monkeypatch.setattr("hypertune.objective._PIECE", 7)
     assert response.validation_loss() == pytest.approx(whole)
     assert_allclose(response.validation_band("weight_decay", [1e-3]), band, rtol=1e-9)

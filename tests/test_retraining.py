@@ -16,11 +16,11 @@ from torch import nn
 
 from hypertune import MLP, HyperTrainingSearchCV, TorchClassifier, model_factory, per_unit
 from hypertune.batches import Minibatches, Rows
+from hypertune.folds import Fold
 from hypertune.hypernetworks import Linear
 from hypertune.losses import cross_entropy
 from hypertune.objective import Objective
 from hypertune.recipes import choose
-from hypertune.response import Fold, full_losses
 from hypertune.retraining import retrain
 from hypertune.space import Space
 from hypertune.training import stack
@@ -102,7 +102,7 @@ def test_the_full_validation_loss_is_the_weighted_mean_over_all_rows_in_pieces()
     objective = Objective(nn.Linear(3, 2), cross_entropy)
     rows = Rows(torch.randn(5000, 3), torch.arange(5000) % 2, torch.linspace(0.1, 2.0, 5000))
     w = torch.randn(2, objective.D)
-    for model, loss in zip(w, full_losses(objective, w, rows, 0), strict=True):
+    for model, loss in zip(w, objective.full_valid_loss(w, rows, 0), strict=True):
         named = objective.named(model)
         each = cross_entropy(rows.x @ named["weight"].T + named["bias"], rows.y)
         assert_allclose(float(loss), float((rows.weight * each).sum() / rows.weight.sum()), rtol=1e-4)

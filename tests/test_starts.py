@@ -14,7 +14,7 @@ from sklearn.model_selection import ShuffleSplit
 from torch import nn
 
 from hypertune import MLP, HyperTrainingSearchCV, TorchRegressor
-from hypertune.response import Fold
+from hypertune.folds import Fold
 from hypertune.retraining import Retrained, retrain
 from hypertune.space import Space
 from hypertune.starts import out_of_corners, restarts, screen

@@ -8,7 +8,6 @@ from scipy.stats import loguniform
 from sklearn.model_selection import ShuffleSplit
 
 from hypertune import MLP, HyperTrainingSearchCV, TorchClassifier, training
-from hypertune.response import BestResponse
 
 
 @pytest.mark.parametrize(
@@ -17,13 +16,13 @@ from hypertune.response import BestResponse
 def test_where_each_row_costs_fewer_validate_a_step(monkeypatch, costly, batch_size, seen, recorded):
     """But not fewer than train one."""
     sizes, rows = [], []
-    own, losses = training.Minibatches, BestResponse._validation_losses
+    own, losses = training.Minibatches, training.validation_losses
     monkeypatch.setattr(training, "_COSTLY", costly)
     monkeypatch.setattr(training, "Minibatches", lambda f, size, seed: sizes.append(size) or own(f, size, seed=seed))
     monkeypatch.setattr(
-        BestResponse,
-        "_validation_losses",
-        lambda self, lam, folds=None: rows.append(len(folds[0].valid.x)) or losses(self, lam, folds),
+        training,
+        "validation_losses",
+        lambda phi, objective, folds, lam: rows.append(len(folds[0].valid.x)) or losses(phi, objective, folds, lam),
     )
     X = np.random.default_rng(0).normal(size=(1_400, 2)).astype(np.float32)
     net = TorchClassifier(MLP(hidden=(4,)), batch_size=batch_size, max_epochs=2, random_state=0)
