@@ -47,7 +47,6 @@ def with_weight(X: np.ndarray, y: np.ndarray, weight: np.ndarray) -> tuple[np.nd
     if not kept.any():
         raise ValueError("sample_weight is zero for every row.")
     weight = weight[kept].astype(float)
-    weight /= weight.max()
     return X[kept], y[kept], weight / weight.mean()
 
 

@@ -35,10 +35,8 @@ from hypertune.recurrent import TensorRecurrent
 
 _CONTAINERS = (list, tuple, dict, deque)
 _CONVOLVED = 1_000_000  # multiplications for a row: larger convolutions are slower together, on a CPU
-_RECURRENT, _LSTM = (
-    400_000,
-    40_000,
-)  # and larger recurrent layers, step by step; torch's own LSTM is the fastest of them
+# What is better one after the other sooner: steps through a sequence (torch's own LSTM is the fastest of them), and attention.
+_RECURRENT, _LSTM, _ATTENTION = 400_000, 40_000, 250_000
 _DROPOUT = 3  # the first of its streams of random numbers; those before are for whoever uses the module
 
 
@@ -289,7 +287,10 @@ class StackedModule:
         """Multiplications for a row beyond which models are faster one after the other."""
         if recurrent := self._recurrent():
             return _LSTM if any(isinstance(sub, nn.LSTM) for sub in recurrent) else _RECURRENT
-        return max(_CONVOLVED, 4 * self.D) if device.type == "cpu" else math.inf
+        if device.type != "cpu":
+            return math.inf
+        attends = any(isinstance(sub, nn.MultiheadAttention) for sub in self._fresh.modules())
+        return _ATTENTION if attends else max(_CONVOLVED, 4 * self.D)
 
     def _recurrent(self) -> list[TensorRecurrent]:
         return [sub for sub in self._modules[False].modules() if isinstance(sub, TensorRecurrent)]

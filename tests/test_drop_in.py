@@ -432,9 +432,9 @@ def test_a_scorer_that_fits_clones_at_other_settings_gets_fits_of_its_own(iris):
         assert own.cv_results_["split0_train_score"][0] == pytest.approx(expected)
 
 
-def test_a_second_fit_that_is_interrupted_leaves_the_results_of_the_first(iris, monkeypatch):
+def test_a_fit_that_is_interrupted_leaves_the_results_of_the_one_before_or_none(iris, monkeypatch):
     X, y = iris
-    found = search(max_epochs=2).fit(X, y)
+    found, never = search(max_epochs=2).fit(X, y), search(max_epochs=2)
     before = {name: value for name, value in vars(found).items() if name.endswith("_")}
 
     def interrupted(self, *args):
@@ -442,11 +442,13 @@ def test_a_second_fit_that_is_interrupted_leaves_the_results_of_the_first(iris, 
 
     with monkeypatch.context() as patch:
         patch.setattr(TorchClassifier, "_train", interrupted)  # the refit: candidates are retrained together
-        with pytest.raises(KeyboardInterrupt):
-            found.fit(X, (y == 1).astype(int))
+        for own in (found, never):
+            with pytest.raises(KeyboardInterrupt):
+                own.fit(X, (y == 1).astype(int))
     assert {name for name in vars(found) if name.endswith("_")} == set(before)
     assert all(vars(found)[name] is value for name, value in before.items())
     assert found.predict(X).max() == 2
+    assert not [name for name in vars(never) if name.endswith("_")]
 
 
 def test_autocast_around_a_search_changes_nothing(iris):

@@ -118,3 +118,27 @@ def test_a_rate_of_one_leaves_nothing_as_torchs_does():
         assert stacked.outputs(stacked.named(w), x[None], {}, training=True).eq(0).all()
     fitted = TorchClassifier(module=lambda n, m: nn.Sequential(nn.Dropout(1.0), nn.Linear(n, m)), max_epochs=2)
     assert np.isfinite(fitted.fit(x, x[:, 0] > 0).loss_curve_).all()
+
+
+def test_layers_that_drop_have_each_its_own_noise():
+    layers = nn.Sequential(nn.Dropout(0.5), nn.Identity(), nn.Dropout(0.5))
+    stacked, x = StackedModule(nn.Sequential(*layers, nn.Linear(200, 1))), torch.ones(1, 3, 200)
+    stacked.draw_streams()
+    w = stacked.initial_weights()[None].requires_grad_()
+    (of_w,) = torch.autograd.grad(stacked.outputs(stacked.named(w), x, {}, training=True)[0, 0].sum(), w)
+    assert float((of_w[0, :200] != 0).float().mean()) == pytest.approx(0.25, abs=0.12)  # and not half of them
+
+
+def test_large_attention_is_faster_one_after_the_other():
+    class Attends(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(width, 2, batch_first=True)
+
+        def forward(self, x):
+            return self.attention(x, x, x)[0].mean(dim=1)
+
+    for width, together in ((8, True), (128, False)):
+        stacked = StackedModule(Attends(width))
+        stacked.try_stacking(torch.zeros(2, 10, width), {})
+        assert stacked.stacked == together

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
+from scipy.stats import loguniform
 from sklearn.base import clone
 from sklearn.metrics import log_loss
 from sklearn.model_selection import KFold, cross_val_score
 from torch import nn
 
-from hypertune import MLP
+from hypertune import MLP, per_feature
 from hypertune.stacked import StackedModule
 from tests.odd_modules import (
     CODES,
@@ -24,6 +25,7 @@ from tests.odd_modules import (
     ODD,
     ONE_SPLIT,
     Cools,
+    Counts,
     DrawnByNumpy,
     MovingMean,
     Padded,
@@ -190,3 +192,15 @@ def test_a_pass_leaves_the_weights_of_a_layer_under_two_names_where_they_are():
     w = stacked.initial_weights()
     stacked.outputs(stacked.named(w.repeat(3, 1)), torch.zeros(3, 4, 5), {}, training=True)
     assert torch.equal(stacked.initial_weights(), w)
+
+
+def test_each_hyper_training_of_a_search_begins_with_the_module_as_it_was_built():
+    """grain_scale="auto" has five of them."""
+    space = {"weight_decay": per_feature(loguniform(1e-4, 1e1))}
+    steps = [
+        search(space, module=Counts, max_epochs=2).set_params(grain_scale=scale, evaluate="hypernetwork").fit(X, y)
+        .best_response_.objective.remembered
+        for scale in (1.0, "auto")
+    ]  # fmt: skip
+    assert steps[0]
+    assert steps[0] == steps[1]

@@ -189,3 +189,23 @@ def test_a_recurrent_module_is_tuned_with_all_folds_in_one_pass(used):
     for params, score in zip(found.cv_results_["params"], found.cv_results_["mean_test_score"], strict=True):
         alone = cross_val_score(clone(net).set_params(**params), X, y, cv=KFold(3), scoring="neg_log_loss")
         assert score == pytest.approx(alone.mean(), rel=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "steps", "together"), [
+    (nn.GRU, 20, True), (nn.RNN, 20, True), (nn.LSTM, 5, True), (nn.LSTM, 30, False), (nn.GRU, 400, False),
+])  # fmt: skip
+def test_what_is_faster_one_after_the_other_is_so_without_a_word(kind, steps, together):
+    """Each weight counts as often as it is used: at every step."""
+
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = kind(2, 20, batch_first=True)
+
+        def forward(self, x):
+            return self.rnn(x)[0][:, -1]
+
+    stacked = StackedModule(Last())
+    stacked.try_stacking(torch.zeros(2, steps, 2), {})
+    assert stacked.stacked == together
+    assert stacked.cost == pytest.approx(steps * sum(p.numel() for p in Last().parameters() if p.dim() > 1))

@@ -234,3 +234,12 @@ def test_restarts_are_never_stronger_than_what_died():
         path = [dead, *(space.decode(one)["weight_decay"] for one in restarts(space, lam))]
         assert all(weaker <= 1.000001 * stronger for stronger, weaker in itertools.pairwise(path))
         assert path[1] < dead or dead <= 1e-5
+
+
+def test_a_restart_is_from_where_the_run_began_and_not_from_a_bound(iris, monkeypatch):
+    begun = []
+    monkeypatch.setattr("hypertune.search.restarts", lambda space, lam: begun.append(space.decode(lam)) or [])
+    net = clone(NET).set_params(weight_decay=10.0, max_epochs=1)
+    monkeypatch.setattr("hypertune.starts._SCREENED", 0)
+    search(net, {"weight_decay": loguniform(1e-5, 1e1)}, start="screened").fit(*iris)
+    assert begun == [{"weight_decay": pytest.approx(1e-3)}]
