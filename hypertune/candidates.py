@@ -39,11 +39,13 @@ def retrain_candidates(
     more: bool = True,
     watched: bool = False,
 ) -> tuple[list[Tensor], list[Retrained], tuple[Tensor, Tensor] | None]:
-    """Retrain what :func:`distinct` gave, if that can be stacked; and with ``more``, of small models and those with BatchNorm, what may be better.
+    """Retrain what :func:`distinct` gave, if that can be stacked; and with ``more``:
 
-    Of small models that is the tuned setting with all logarithmic hyperparameters e^1.5 times as large, which for penalties is stronger.
-    And where one of all these is better than the tuned setting by 2%, in a second stacked pass, settings on the line from it through
-    the best. Of others with BatchNorm it is the best setting with stronger penalties.
+    1. of small models the tuned setting with all logarithmic hyperparameters e^1.5 times as large, which for penalties is stronger;
+    2. of these, if one of all is better than the tuned setting by 2%: four settings on the line from that through the best;
+    3. of others with BatchNorm: the best setting, with stronger penalties.
+
+    The last two take a second stacked pass.
 
     Returns
     -------

@@ -182,7 +182,7 @@ class Hypernetwork(nn.Module):
     center : Tensor of shape (n,)
         Kept by reference: if the caller moves λ̂ in place, the centre moves with it.
     unseen : Tensor of shape (n,), optional
-        Coordinates of λ (booleans) that the basis is to see at the centre whatever they are.
+        Coordinates of λ (booleans) of whose displacement the basis is told that it is zero.
     """
 
     center: Tensor

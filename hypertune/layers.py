@@ -33,7 +33,7 @@ _FEW = 8  # rows, times places in an image
 
 
 class _StatisticsThatRespond(_BatchNorm):
-    """Of BatchNorm in eval mode: the outputs are those by its running statistics, and the first derivative is that by the rows' own.
+    """BatchNorm in eval mode, with another derivative: outputs by its running statistics, gradients as if those were the rows' own.
 
     Running statistics are what training at the weights has left. As constants they would say that smaller weights in front of them
     make smaller outputs, and what merely shrinks these would look like regularisation. A few rows have no statistics worth the name.

@@ -147,13 +147,14 @@ def retrain(
         """Of the groups one after the other, (some folds, C, ...), → (K, C, ...)."""
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)[order.to(pieces[0].device)]
 
-    weights, curves = of_folds([part[0] for part in parts]), of_folds([part[1] for part in parts])
-    kept = {k: of_folds([part[2][k] for part in parts]).flatten(0, 1) for k in parts[0][2]}
-    numbers = [{of: v for of, v in part[3].items() if not isinstance(v, Tensor)} for part in parts]
+    weights = of_folds([part.weights for part in parts])
+    curves = of_folds([part.curves for part in parts])
+    kept = {k: of_folds([part.statistics[k] for part in parts]).flatten(0, 1) for k in parts[0].statistics}
+    numbers = [{of: v for of, v in part.remembered.items() if not isinstance(v, Tensor)} for part in parts]
     if any(one != numbers[0] for one in numbers):
         return None
     objective = objective.with_statistics_of(K, C, kept)
-    objective.remembered = parts[0][3]
+    objective.remembered = parts[0].remembered
     keys = [] if folds[0].padded else [fingerprint(*fold.train[:3]) for fold in folds]
     settings = plain_settings(net, {name.removeprefix(prefix) for name in space.names})
     return Retrained(
@@ -161,10 +162,19 @@ def retrain(
     )
 
 
+class _Trained(NamedTuple):
+    """Weights (K, C, D), curves (K, C, epochs), running statistics (K, C, ...) and what the module remembers."""
+
+    weights: Tensor
+    curves: Tensor
+    statistics: dict[str, Tensor]
+    remembered: dict[tuple[str, str], Any]
+
+
 def _train(
     space: Space, prefix: str, folds: list[Fold], objective: Objective, lam: Tensor, epochs: int, seed: int
-) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[tuple[str, str], Any]] | None:
-    """Weights (K, C, D), curves (K, C, epochs), running statistics (K, C, ...) and what the module remembers, on folds with as many minibatches.
+) -> _Trained | None:
+    """On folds with as many minibatches.
 
     None under an optimizer that sees all weights, and where some fit of its own would not begin as the stack does: with frozen weights
     drawn at random, with a module or a penalty that draws random numbers for every model, ...
@@ -203,7 +213,7 @@ def _train(
             curves[..., number // per_epoch] += loss.detach() / per_epoch
             batch = next(stream)
     kept = objective.statistics if objective.has_statistics else {}
-    return w.detach(), curves, {k: b.unflatten(0, (K, C)) for k, b in kept.items()}, objective.remembers()
+    return _Trained(w.detach(), curves, {k: b.unflatten(0, (K, C)) for k, b in kept.items()}, objective.remembers())
 
 
 def _moves_each_by_itself(optimizer: torch.optim.Optimizer) -> bool:

@@ -59,8 +59,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
     One training run of all folds learns the weights *as a function of the hyperparameters*, and the hyperparameters
     descend the validation loss through that function [1]_. For small models a handful of settings, trained in one stacked
     pass, says where to start. The tuned setting, that start, the middle between them and the estimator's own setting are then
-    retrained from scratch and scored on every fold (of small models also the tuned setting with stronger penalties, and up to four on the
-    line from it through whichever of these is better; of other models with BatchNorm that can be stacked the best one with stronger penalties), and the best
+    retrained from scratch and scored on every fold, with a few more for small models and those with BatchNorm, and the best
     one is refitted on all the data.
 
     Parameters

@@ -15,10 +15,10 @@ import copy
 import math
 import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -59,11 +59,11 @@ class StackedModule:
     D : int
         Number of trained weights.
     cost : int
-        Multiplications by weights for one row, as :meth:`try_stacking` counted them, but not less than D: a convolution has more.
+        Multiplications by weights for one row, as :meth:`examine` counts them (D before that): a convolution has more than weights.
     stacked : bool
-        Whether M models share one pass. Set to False by :meth:`try_stacking` for modules that cannot.
+        Whether M models share one pass. Set to False by :meth:`examine` for modules that cannot, or had better not.
     first : str
-        Of the layers with weights the one that was called first in :meth:`try_stacking`; empty if that is the first one, too.
+        Of the layers with weights the one that was called first in :meth:`examine`; empty if that is the first one, too.
     remembered : dict or None
         What :meth:`remembers` said at the end of a training; None before that.
     statistics : dict from str to Tensor of shape (models, ...)
@@ -200,7 +200,7 @@ class StackedModule:
 
     @property
     def has_statistics(self) -> bool:
-        """Whether training writes into buffers (BatchNorm's running statistics), as :meth:`try_stacking` found out."""
+        """Whether training writes into buffers (BatchNorm's running statistics), as :meth:`examine` found out."""
         return bool(self._written)
 
     def _statistics_of(self, models: int, fold: int | None, keep: bool) -> dict[str, Tensor]:
@@ -217,8 +217,10 @@ class StackedModule:
 
     # what the module can do
 
-    def try_stacking(self, x: Tensor, values: Mapping[str, float]) -> None:
-        """Find out whether the module works under vmap; otherwise fall back to a loop over models, with a warning.
+    def examine(self, x: Tensor, values: Mapping[str, float]) -> None:
+        """Find out ``first``, ``cost``, which buffers training writes into, and whether M models share one pass.
+
+        Where the module does not work under vmap, models run one after the other, with a warning; where that is only faster, without one.
 
         Parameters
         ----------
@@ -227,28 +229,18 @@ class StackedModule:
         values : mapping from str to float
             A setting of the tuned hyperparameters.
         """
-        w = self.initial_weights()
+        w = self.initial_weights()[None]
         with torch.no_grad(), self._noting_calls():
-            self.outputs(self.named(w[None]), x[None], values, training=False, fold=0)
+            self.outputs(self.named(w), x[None], values, training=False, fold=0)
         noise, counter = rng_state(x.device), FlopCounterMode(display=False)
         # It cannot count where a forward differentiates, nor inside the fused kernels of recurrent layers.
         with torch.no_grad(), suppress(RuntimeError), self._step_by_step(), counter:
-            self.outputs(self.named(w[None]), x[None], values, training=False, fold=0)
+            self.outputs(self.named(w), x[None], values, training=False, fold=0)
         set_rng_state(noise, x.device)
         self.cost = max(self.D, counter.get_total_flops() // (2 * len(x)))
-
-        def run(models: int, training: bool) -> tuple[StackedModule, Tensor, Tensor]:
-            """So many of the same: their module, outputs, and the gradient of these."""
-            module, own = self.with_statistics_of(1, models), w.expand(models, -1).clone().requires_grad_()
-            set_rng_state(noise, x.device)
-            rates = {k: w.new_tensor([v] * models) for k, v in values.items()} if models > 1 else values
-            outputs = module.outputs(module.named(own), x.expand(models, *x.shape), rates, training=training)
-            (gradient,) = torch.autograd.grad(outputs.square().sum(), own)
-            return module, outputs.detach(), gradient
-
+        run = partial(self._run, x, values, noise)
         if self.statistics:
-            trained, _, _ = run(1, True)
-            before = self.with_statistics_of(1, 1).statistics
+            trained, before = run(1, True).module, self.with_statistics_of(1, 1).statistics
             self._written = [k for k, b in trained.statistics.items() if not _same(before[k], b)]
             self.keep_statistics_of(self._models)
         if self._layers[True] is None and self.cost > self._most_together(x.device):
@@ -256,22 +248,7 @@ class StackedModule:
             return
         try:
             for training in (True, False):
-                one = run(1, training)
-                drew = x.device.type != "cpu" and not _same_state(noise, rng_state(x.device))
-                two = run(2, training)
-                if name := two[0]._replaced():
-                    raise RuntimeError(f"it replaces a tensor of its own, {name!r}: make that a buffer")
-                if drew:  # vmap draws by other kernels there
-                    continue
-                pairs = [(one[0].statistics[k], b) for k, b in two[0].statistics.items()]
-                for alone, both in [*pairs, (one[1], two[1]), (one[2], two[2])]:
-                    torch.testing.assert_close(
-                        both,
-                        alone.expand_as(both),
-                        rtol=1e-3,
-                        atol=1e-3 * float(alone.abs().max()) + 1e-6,
-                        equal_nan=True,
-                    )
+                self._compare(run, training, noise, x.device)
         except Exception as error:
             self.stacked = False
             why = (str(error).partition(" We don't support")[0].splitlines() or [type(error).__name__])[0]
@@ -282,6 +259,30 @@ class StackedModule:
                 UserWarning,
                 stacklevel=2,
             )
+
+    def _run(self, x: Tensor, values: Mapping[str, float], noise: Any, models: int, training: bool) -> _Run:
+        """So many of the same, under the same random numbers."""
+        module = self.with_statistics_of(1, models)
+        w = self.initial_weights().expand(models, -1).clone().requires_grad_()
+        set_rng_state(noise, x.device)
+        rates = {k: w.new_tensor([v] * models) for k, v in values.items()} if models > 1 else values
+        outputs = module.outputs(module.named(w), x.expand(models, *x.shape), rates, training=training)
+        (gradient,) = torch.autograd.grad(outputs.square().sum(), w)
+        return _Run(module, outputs.detach(), gradient)
+
+    def _compare(self, run: Callable[[int, bool], _Run], training: bool, noise: Any, device: torch.device) -> None:
+        """Raise if two models in one pass are not what each is alone."""
+        one = run(1, training)
+        drew = device.type != "cpu" and not _same_state(noise, rng_state(device))
+        two = run(2, training)
+        if name := two.module._replaced():
+            raise RuntimeError(f"it replaces a tensor of its own, {name!r}: make that a buffer")
+        if drew:  # vmap draws by other kernels there
+            return
+        buffers = [(one.module.statistics[k], b) for k, b in two.module.statistics.items()]
+        for alone, both in [*buffers, (one.outputs, two.outputs), (one.gradient, two.gradient)]:
+            close = 1e-3 * float(alone.abs().max()) + 1e-6
+            torch.testing.assert_close(both, alone.expand_as(both), rtol=1e-3, atol=close, equal_nan=True)
 
     def _most_together(self, device: torch.device) -> float:
         """Multiplications for a row beyond which models are faster one after the other."""
@@ -447,6 +448,14 @@ class StackedModule:
         finally:
             for sub, name, value in reversed(changed):
                 setattr(sub, name, value)
+
+
+class _Run(NamedTuple):
+    """M copies of a module after a pass, their outputs (M, B, ...), and the gradient (M, D) of the outputs' squares."""
+
+    module: StackedModule
+    outputs: Tensor
+    gradient: Tensor
 
 
 @contextmanager

@@ -214,7 +214,7 @@ def stack(space: Space, prefix: str, folds: list[Fold], n_rows: int, seed: int) 
                 )
             if own in reaches:
                 check_reach(net, objective, folds[0].train.x[:_LOOKED_AT], h.name, own, h.prior.ppf([0.25, 0.75]), seed)
-        objective.try_stacking(x, {own: settings[own] for own in reaches})
+        objective.examine(x, {own: settings[own] for own in reaches})
         names = {h.name for h in space.hyperparameters} & {f"{prefix}input_noise", f"{prefix}mixup"}
         if names and not objective.feels_noise:
             raise ValueError(f"param_distributions[{min(names)!r}]: it {NO_NOISE}")

@@ -87,7 +87,7 @@ def test_models_of_different_attention_dropout_have_the_noise_that_each_has_alon
     stacked = StackedModule(Encoder(dropout=0.1)((5, 3), 2).double(), reach={"dropout": reach})
     x, rates = torch.randn(7, 5, 3, dtype=torch.float64), torch.tensor([0.0, 0.1, 0.6], dtype=torch.float64)
     assert any(r.path.endswith("self_attn") for r in reach)
-    stacked.try_stacking(x, {"dropout": 0.2})
+    stacked.examine(x, {"dropout": 0.2})
     assert stacked.stacked
     stacked.draw_streams()
     w = stacked.initial_weights().repeat(3, 1)
@@ -140,5 +140,5 @@ def test_large_attention_is_faster_one_after_the_other():
 
     for width, together in ((8, True), (128, False)):
         stacked = StackedModule(Attends(width))
-        stacked.try_stacking(torch.zeros(2, 10, width), {})
+        stacked.examine(torch.zeros(2, 10, width), {})
         assert stacked.stacked == together

@@ -96,7 +96,7 @@ def test_cells_are_what_torch_computes(kind, more, bias):
     stacked = StackedModule(module)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # torch's that it falls back to a loop
-        stacked.try_stacking(x[0], {})
+        stacked.examine(x[0], {})
     w = stacked.initial_weights() + 0.3 * torch.randn(3, stacked.D, dtype=torch.float64)
     together = stacked.outputs(stacked.named(w), x, {}, training=True)
     for m in range(3):
@@ -120,7 +120,7 @@ def test_the_dropout_between_layers_may_be_different_for_each_model(kind):
     factory = lambda n, m, dropout=0.2: Deep(dropout)  # noqa: E731
     reach = find_reach(lambda rate: factory(0, 0, rate), 0.1, 0.5)
     stacked, x = StackedModule(Deep(0.2).double(), reach={"dropout": reach}), torch.randn(7, 6, 3, dtype=torch.float64)
-    stacked.try_stacking(x, {"dropout": 0.2})
+    stacked.examine(x, {"dropout": 0.2})
     assert stacked.stacked
     stacked.draw_streams()
     w, rates = stacked.initial_weights().repeat(3, 1), torch.tensor([0.0, 0.2, 0.7], dtype=torch.float64)
@@ -206,6 +206,6 @@ def test_what_is_faster_one_after_the_other_is_so_without_a_word(kind, steps, to
             return self.rnn(x)[0][:, -1]
 
     stacked = StackedModule(Last())
-    stacked.try_stacking(torch.zeros(2, steps, 2), {})
+    stacked.examine(torch.zeros(2, steps, 2), {})
     assert stacked.stacked == together
     assert stacked.cost == pytest.approx(steps * sum(p.numel() for p in Last().parameters() if p.dim() > 1))
