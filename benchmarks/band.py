@@ -63,14 +63,14 @@ def _cell(name: str, seed: int, coverage: float) -> np.ndarray:
         problem.estimator, problem.space, cv=problem.cv, scoring=problem.scoring, random_state=seed, refit=False
     ).fit(problem.X, problem.y)
     response = search.best_response_
-    space, prefix, folds, objective, *_ = search.setup
+    space, folds, objective, *_ = search.setup
     lam_hat = space.encode(response.params)
     lam = lam_hat.repeat(_SETTINGS, 1)
     names = rng.choice(list(space.blocks), _SETTINGS)
     for row, moved in zip(lam, names, strict=True):
         row[space.blocks[moved]] += rng.uniform(-_FURTHEST, _FURTHEST)
     lam = lam.clamp(space.low, space.high)
-    retrained = retrain(space, prefix, folds, objective, lam)
+    retrained = retrain(space, folds, objective, lam)
     assert retrained is not None
     losses, rows = retrained.validation_losses(folds).numpy(), []
     for one, moved, loss in zip(lam, names, losses, strict=True):

@@ -68,8 +68,8 @@ class Problem:
         net = clone(self.estimator.steps[-1][1] if self.prefix else self.estimator)
         rows = net._encode(self.X, self.y)
         objective = net._make_objective(net._build_module())
-        space = Space.from_distributions(self.space)
-        return space.resolve(arrangements(net, objective, space, self.prefix, rows.x[:2], len(self.X)))
+        space = Space.from_distributions(self.space, self.prefix)
+        return space.resolve(arrangements(net, objective, space, rows.x[:2], len(self.X)))
 
     @property
     def current(self) -> dict[str, Any]:

@@ -31,7 +31,6 @@ def distinct(tuned: Tensor, start: Tensor | None, current: Tensor) -> list[Tenso
 
 def retrain_candidates(
     space: Space,
-    prefix: str,
     folds: list[Fold],
     objective: Objective,
     candidates: list[Tensor],
@@ -63,7 +62,7 @@ def retrain_candidates(
     stronger, tried = _STRONGER * space.log, list(candidates)
     if more and small:
         tried += _new([space.clip(tried[0] + stronger)], tried)
-    first = retrain(space, prefix, folds, objective, torch.stack(tried))
+    first = retrain(space, folds, objective, torch.stack(tried))
     if first is None:
         return candidates, [], None
     retrained, losses = [first], first.validation_losses(folds)
@@ -73,7 +72,7 @@ def retrain_candidates(
     elif more and losses[0] - losses.min() > _WORTHWHILE * losses[0].abs():
         further = [tried[0] + times * (best - tried[0]) for times in _ON_THE_LINE]
     if further := _new([space.clip(lam) for lam in further], tried):
-        second = retrain(space, prefix, folds, objective, torch.stack(further), seed=first.seed)
+        second = retrain(space, folds, objective, torch.stack(further), seed=first.seed)
         if second is not None:
             tried, retrained = [*tried, *further], [first, second]
             losses = torch.cat([losses, second.validation_losses(folds)])

@@ -140,7 +140,7 @@ def _exact(setup: Setup, own: Tensor) -> HypergradientCheck:
 def _exact_of_fold(setup: Setup, k: int, fold: Fold) -> Tensor:
     everything = Minibatches([fold.train], len(fold.train.x), seed=0)
     batch = next(everything)
-    train_loss = make_train_loss(setup.space, setup.prefix, setup.objective, fold.net, everything)
+    train_loss = make_train_loss(setup.space, setup.objective, fold.net, everything)
     with isolated(setup.seed, fold.net.device):
         w = flat_weights(fold.net._build_module())[None]
     lam = setup.current.to(w)[None].requires_grad_()
@@ -175,14 +175,14 @@ def _exact_of_fold(setup: Setup, k: int, fold: Fold) -> Tensor:
 
 def _retrained(setup: Setup, own: Tensor, step: float) -> HypergradientCheck:
     """Central differences of retrained models, along each coordinate or some random directions."""
-    n, (space, prefix, folds, objective, *_) = setup.space.n, setup
+    n, (space, folds, objective, *_) = setup.space.n, setup
     if n <= _MOST_DIRECTIONS:
         directions = torch.eye(n, dtype=torch.float64)
     else:
         generator = torch.Generator().manual_seed(0)
         directions = torch.randn(_MOST_DIRECTIONS, n, generator=generator, dtype=torch.float64) / math.sqrt(n)
     ends = space.clip(torch.stack([setup.current + sign * step * d for d in directions for sign in (1, -1)]))
-    retrained = retrain(space, prefix, folds, objective, ends)
+    retrained = retrain(space, folds, objective, ends)
     if retrained is None:
         raise ValueError(
             'reference="retrain" needs a TorchClassifier or TorchRegressor whose module can be stacked, and no weights of rows.'

@@ -38,8 +38,6 @@ class BestResponse:
     ----------
     space : Space
         The hyperparameters, under the names that the search was given.
-    prefix : str
-        What precedes the net's own parameter names: ``"net__"`` in a Pipeline, else empty.
     params : dict from str to float
         The tuned setting λ̂; for a finer grain dicts or arrays, as the estimator takes them.
     hypernetwork : Hypernetwork
@@ -64,7 +62,6 @@ class BestResponse:
     """
 
     space: Space
-    prefix: str
     params: dict[str, Any]
     hypernetwork: Hypernetwork
     objective: Objective
@@ -116,12 +113,12 @@ class BestResponse:
         """
         self._check_fold(fold)
         setting = self._complete({} if params is None else params)
-        net = copy.deepcopy(self.folds[fold].net).set_params(**self._own(setting))
+        net = copy.deepcopy(self.folds[fold].net).set_params(**self.space.own(setting))
         net = net._adopt(self._module(net, self._lam([setting]), fold))
         preprocess = self.folds[fold].preprocess
         if preprocess is None:
             return net
-        return Pipeline([*copy.deepcopy(preprocess).steps[:-1], (self.prefix.removesuffix("__"), net)])
+        return Pipeline([*copy.deepcopy(preprocess).steps[:-1], (preprocess.steps[-1][0], net)])
 
     def validation_loss(self, params: Mapping[str, Value] | None = None) -> float:
         """Validation loss at a setting, mean over rows and then over folds; no penalties, no noise. Errors as in :meth:`weights`."""
@@ -199,11 +196,10 @@ class BestResponse:
         keys, key = [fold.key for fold in self.folds], fingerprint(*rows[:3])
         if key not in keys or net.n_outputs_ != self.folds[0].net.n_outputs_:  # type: ignore[attr-defined]
             return False
-        own, names = net.get_params(), {name: name.removeprefix(self.prefix) for name in self.space.names}
-        if plain_settings(net, names.values()) != plain_settings(self.folds[0].net, names.values()):
+        tuned = {h.own for h in self.space.hyperparameters}
+        if plain_settings(net, tuned) != plain_settings(self.folds[0].net, tuned):
             return False
-        setting = {name: own[short] for name, short in names.items()}
-        net._adopt(self._module(net, self._lam([setting]), keys.index(key)))
+        net._adopt(self._module(net, self._lam([self.space.of_net(net.get_params())]), keys.index(key)))
         return True
 
     def is_constant(self) -> bool:
@@ -290,9 +286,6 @@ class BestResponse:
 
     def _lam(self, settings: Sequence[Mapping[str, Value]]) -> Tensor:
         return torch.stack([self.space.encode(self._complete(setting)) for setting in settings])
-
-    def _own(self, setting: Mapping[str, Value]) -> dict[str, Value]:
-        return {name.removeprefix(self.prefix): value for name, value in setting.items()}
 
 
 def validation_losses(hypernetwork: Hypernetwork, objective: Objective, folds: Sequence[Fold], lam: Tensor) -> Tensor:

@@ -42,7 +42,6 @@ class Retrained:
     Parameters
     ----------
     space : Space
-    prefix : str
     lam : Tensor of shape (C, n)
     weights : ndarray of shape (K, C, D)
         Worker processes map one copy into their memory.
@@ -61,7 +60,6 @@ class Retrained:
     """
 
     space: Space
-    prefix: str
     lam: Tensor
     weights: np.ndarray
     curves: Tensor
@@ -85,10 +83,9 @@ class Retrained:
         """Fit the estimator by what is known, if its setting and its rows are; says whether it did."""
         if (key := fingerprint(*rows[:3])) not in self.keys or net.n_outputs_ != self.n_outputs:
             return False
-        own, names = net.get_params(), {name: name.removeprefix(self.prefix) for name in self.space.names}
-        if plain_settings(net, names.values()) != self.settings:
+        if plain_settings(net, {h.own for h in self.space.hyperparameters}) != self.settings:
             return False
-        lam = self.space.encode({name: own[short] for name, short in names.items()})
+        lam = self.space.encode(self.space.of_net(net.get_params()))
         found = torch.isclose(self.lam, lam, rtol=1e-9, atol=1e-9).all(dim=1).nonzero()
         if not len(found):
             return False
@@ -105,7 +102,6 @@ class Retrained:
 
 def retrain(
     space: Space,
-    prefix: str,
     folds: list[Fold],
     objective: Objective,
     lam: Tensor,
@@ -137,7 +133,7 @@ def retrain(
         alike.setdefault((stream.batch_size, stream.steps_per_epoch), []).append(k)
     parts = []
     for group in alike.values():
-        trained = _train(space, prefix, [folds[k] for k in group], objective, lam, epochs, seed)
+        trained = _train(space, [folds[k] for k in group], objective, lam, epochs, seed)
         if trained is None:
             return None
         parts.append(trained)
@@ -156,10 +152,8 @@ def retrain(
     objective = objective.with_statistics_of(K, C, kept)
     objective.remembered = parts[0].remembered
     keys = [] if folds[0].padded else [fingerprint(*fold.train[:3]) for fold in folds]
-    settings = plain_settings(net, {name.removeprefix(prefix) for name in space.names})
-    return Retrained(
-        space, prefix, lam, weights.cpu().numpy(), curves.cpu(), objective, keys, settings, net.n_outputs_, seed
-    )
+    settings = plain_settings(net, {h.own for h in space.hyperparameters})
+    return Retrained(space, lam, weights.cpu().numpy(), curves.cpu(), objective, keys, settings, net.n_outputs_, seed)
 
 
 class _Trained(NamedTuple):
@@ -172,7 +166,7 @@ class _Trained(NamedTuple):
 
 
 def _train(
-    space: Space, prefix: str, folds: list[Fold], objective: Objective, lam: Tensor, epochs: int, seed: int
+    space: Space, folds: list[Fold], objective: Objective, lam: Tensor, epochs: int, seed: int
 ) -> _Trained | None:
     """On folds with as many minibatches.
 
@@ -183,7 +177,7 @@ def _train(
     objective = objective.with_statistics_of(K, C)
     stream = Minibatches([fold.train for fold in folds], net.batch_size, seed=seed)
     per_epoch, batch = stream.steps_per_epoch, next(stream)
-    settings = [{k.removeprefix(prefix): v for k, v in space.decode(one).items()} for one in lam]
+    settings = [space.own(space.decode(one)) for one in lam]
     with isolated(seed, net.device):
         # Every setting on the first fold, and the first setting on every other.
         some = [(0, c) for c in range(C)] + [(k, 0) for k in range(1, K)]
@@ -195,7 +189,7 @@ def _train(
             return None
         set_rng_state(own[0].noise, w.device)
         del own  # as many models
-        values = make_values(space, prefix, objective, net)(lam.to(w), K)
+        values = make_values(space, objective, net)(lam.to(w), K)
         optimizer, schedule = net._make_optimizer([w], epochs * per_epoch)
         one, _ = net._make_optimizer([nn.Parameter(w.data[0, :1])], epochs * per_epoch)
         if not _moves_each_by_itself(optimizer) or w._backward_hooks or _settings_of(optimizer) != _settings_of(one):

@@ -46,7 +46,6 @@ class Setup(NamedTuple):
     """What a search trains: all folds in one objective, and the estimator's own λ (n,)."""
 
     space: Space
-    prefix: str
     folds: list[Fold]
     objective: Objective
     current: Tensor
@@ -386,10 +385,10 @@ class HyperTrainingSearchCV(BaseSearchCV):
 
     def _propose_candidates(self) -> list[dict[str, Any]]:
         """Hyper-train, and return the settings to verify. A subclass may put any other proposal in its place."""
-        space, prefix, folds, objective, current, _ = setup = self._set_up()
+        space, folds, objective, current, _ = setup = self._set_up()
         start = None
         if self.evaluate == "retrain" and self.start == "screened" and self.algorithm != "global":
-            start = screen(space, prefix, folds, objective, current)
+            start = screen(space, folds, objective, current)
         begin = out_of_corners(space, current if start is None else start)
         tune, grain_scale = self._tuner(setup, begin), self.grain_scale
         if isinstance(grain_scale, str):
@@ -410,7 +409,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
         tuned = space.encode(response.params)
         candidates = distinct(tuned, start, current)
         candidates, retrained, verified = retrain_candidates(
-            space, prefix, folds, objective, candidates, more=self.start == "screened", watched=self._is_watched()
+            space, folds, objective, candidates, more=self.start == "screened", watched=self._is_watched()
         )
         self.best_response_ = replace(response, verified=verified)
         self._known += retrained
@@ -418,17 +417,16 @@ class HyperTrainingSearchCV(BaseSearchCV):
 
     def _set_up(self) -> Setup:
         """What is to be trained; refuses what cannot be."""
-        space = Space.from_distributions(self.param_distributions)
         net, prefix = net_of(self.estimator), prefix_of(self.estimator)
-        space = with_rows(net, space, prefix)
+        space = with_rows(net, Space.from_distributions(self.param_distributions, prefix))
         settings = self._settings()
         check_settings(type(self.estimator).__name__, settings, space, prefix)
-        check_names(net, space, prefix)
+        check_names(net, space)
         grains = {h.grain for h in space.hyperparameters}
         seed, folds = draw_seed(self.random_state), self._folds(grains)
-        space, objective = stack(space, prefix, folds, _num_samples(self._inputs[0]), seed)
+        space, objective = stack(space, folds, _num_samples(self._inputs[0]), seed)
         current = space.encode({name: settings[name] for name in space.names})  # moved into the declared bounds
-        return Setup(space, prefix, folds, objective, current, seed)
+        return Setup(space, folds, objective, current, seed)
 
     def _epochs(self) -> int:
         return int(net_of(self.estimator).max_epochs if self.max_epochs is None else self.max_epochs)
@@ -438,7 +436,6 @@ class HyperTrainingSearchCV(BaseSearchCV):
         return partial(
             hyper_train,
             setup.space,
-            setup.prefix,
             objective=setup.objective,
             start=start,
             algorithm=self.algorithm,

@@ -111,6 +111,8 @@ class Hyperparameter:
         None for a single number.
     shape : mapping from str to tuple, tuple, or None
         How many coordinates there are and how they are arranged; None for a single number, or until it is resolved.
+    prefix : str, default=""
+        What of the name precedes the net's own: ``"net__"`` in a Pipeline.
     """
 
     name: str
@@ -123,6 +125,12 @@ class Hyperparameter:
     high: float
     grain: Grain | None = None
     shape: Shape | None = None
+    prefix: str = ""
+
+    @property
+    def own(self) -> str:
+        """The net's own name for it."""
+        return self.name.removeprefix(self.prefix)
 
     @classmethod
     def from_distribution(cls, name: str, distribution: Any) -> Hyperparameter:
@@ -299,8 +307,8 @@ class Space:
     hyperparameters: tuple[Hyperparameter, ...]
 
     @classmethod
-    def from_distributions(cls, param_distributions: Mapping[str, Any]) -> Space:
-        """Read ``param_distributions``: a dict from parameter name to distribution.
+    def from_distributions(cls, param_distributions: Mapping[str, Any], prefix: str = "") -> Space:
+        """Read ``param_distributions``: a dict from parameter name to distribution; ``prefix`` is what precedes the net's own names.
 
         Raises
         ------
@@ -313,12 +321,21 @@ class Space:
             )
         if not param_distributions:
             raise ValueError("param_distributions is empty: there is nothing to tune.")
-        return cls(tuple(Hyperparameter.from_distribution(k, v) for k, v in param_distributions.items()))
+        read = (Hyperparameter.from_distribution(k, v) for k, v in param_distributions.items())
+        return cls(tuple(replace(h, prefix=prefix) for h in read))
 
     @property
     def names(self) -> tuple[str, ...]:
         """Parameter names in the order of λ."""
         return tuple(h.name for h in self.hyperparameters)
+
+    def own(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Values by name → by the net's own names."""
+        return {h.own: params[h.name] for h in self.hyperparameters}
+
+    def of_net(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """The values of the hyperparameters among the net's parameters, by name."""
+        return {h.name: params[h.own] for h in self.hyperparameters}
 
     def resolve(self, shapes: Mapping[str, Shape]) -> Space:
         """The same space, with the arrangement of every hyperparameter that has a grain, by name."""

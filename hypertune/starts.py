@@ -29,7 +29,7 @@ _RESTARTS = 2
 _THIRD = 1 / 3  # of the way up a distribution: out of the flat part
 
 
-def screen(space: Space, prefix: str, folds: list[Fold], objective: Objective, current: Tensor) -> Tensor | None:
+def screen(space: Space, folds: list[Fold], objective: Objective, current: Tensor) -> Tensor | None:
     """Where λ̂ should start (n,): the best of a handful of settings from weak to strong regularisation.
 
     None where stacking does not pay; but with BatchNorm and a logarithmic hyperparameter ``current`` and the line are trained on one fold then.
@@ -58,7 +58,7 @@ def screen(space: Space, prefix: str, folds: list[Fold], objective: Objective, c
     screened: list[Retrained] = []
     for some in [settings] if objective.stacked else settings.split(1):
         seed = screened[0].seed if screened else None
-        trained = retrain(space, prefix, folds, objective, some, epochs=epochs, seed=seed, unstacked=True)
+        trained = retrain(space, folds, objective, some, epochs=epochs, seed=seed, unstacked=True)
         if trained is None:
             return None
         screened.append(trained)

@@ -3,8 +3,8 @@
 Rows and minibatches, the stacked objective, a hypernetwork, one of the algorithms and their optimizers. This room owns the
 loop, the clock and the trace; the mathematics is in :mod:`hypertune.algorithms`.
 
-    space, objective = stack(space, prefix, folds, n_rows, seed)
-    response, history = hyper_train(space, prefix, folds, objective, start, algorithm="joint", ...)
+    space, objective = stack(space, folds, n_rows, seed)
+    response, history = hyper_train(space, folds, objective, start, algorithm="joint", ...)
 """
 
 from __future__ import annotations
@@ -54,7 +54,6 @@ _SIMPLIFIED_OFFSET = 2.0  # units of λ between λ̂'s start and the centre in "
 
 def hyper_train(
     space: Space,
-    prefix: str,
     folds: list[Fold],
     objective: Objective,
     start: Tensor,
@@ -97,7 +96,7 @@ def hyper_train(
     begin = time.perf_counter()
     net, K = folds[0].net, len(folds)
     with isolated(seed, net.device):  # a penalty may draw
-        recipe = choose(algorithm, space, _differentiable(space, prefix, objective))
+        recipe = choose(algorithm, space, _differentiable(space, objective))
     with isolated(seed, net.device):
         if n_inits is None:
             several = objective.stacked and not recipe.implicit.any()
@@ -109,11 +108,11 @@ def hyper_train(
         # Each of a fold's initial weights has minibatches of its own.
         seeds = [seed + 2 * (i // K) for i in range(len(models))]
         train_batches = Minibatches([fold.train for fold in models], net.batch_size, seed=seeds)
-        problem = _problem(space, prefix, objective, models, train_batches, seeds, w0)
+        problem = _problem(space, objective, models, train_batches, seeds, w0)
         center = lam_hat.clone() if recipe.name in ("global", "simplified") else lam_hat
         if recipe.name == "simplified":  # with V = 0 at a distance from λ̂, larger λ begins by meaning: closer to w₀
             center = center + _SIMPLIFIED_OFFSET  # maybe out of the box: it is no setting
-        phi = recipe.builder(hypernetwork).build(w0, center, _layout(space, prefix, net, objective, folds[0].train.x))
+        phi = recipe.builder(hypernetwork).build(w0, center, _layout(space, net, objective, folds[0].train.x))
         del w0  # large models have no memory for two
 
         per_epoch = train_batches.steps_per_epoch
@@ -175,13 +174,13 @@ def hyper_train(
     phi.zero_grad()
     phi.requires_grad_(False)
     response = BestResponse(
-        space, prefix, space.decode(average), phi, objective, [fold.without_training_rows() for fold in folds],
+        space, space.decode(average), phi, objective, [fold.without_training_rows() for fold in folds],
         hypergradient=trace.slope.cpu(), sigma=recipe.sigma(scale) if phi.linear else None, seed=seed,
     )  # fmt: skip
     return response, {"algorithm": f"{recipe.name}: {recipe.reason}", **trace.arrays()}
 
 
-def stack(space: Space, prefix: str, folds: list[Fold], n_rows: int, seed: int) -> tuple[Space, Objective]:
+def stack(space: Space, folds: list[Fold], n_rows: int, seed: int) -> tuple[Space, Objective]:
     """All folds in one objective, which has no weights of its own. Refuses what cannot be trained.
 
     ``n_rows`` is the length of the whole data, for hyperparameters of single rows.
@@ -200,13 +199,13 @@ def stack(space: Space, prefix: str, folds: list[Fold], n_rows: int, seed: int) 
     net = folds[0].net
     with isolated(seed, net.device):
         module = net._build_module()  # if it cannot be built as it is, that is not the hyperparameters' fault
-        reaches = find_reaches(net, space, prefix)
+        reaches = find_reaches(net, space)
         objective = net._make_objective(module, reach=reaches, folds=len(folds))
         x = folds[0].train.x[:2]  # of the validation rows there may be one
         net._check_outputs(objective, x)
         settings = net.get_params()
         for h in space.hyperparameters:
-            own = h.name.removeprefix(prefix)
+            own = h.own
             if own in reaches and objective.reads_in_eval_mode(x, own, h.prior.ppf([0.01, 0.99])):
                 raise ValueError(
                     f"param_distributions[{h.name!r}]: the module reads it in eval mode, too. The gradient is that of a validation loss "
@@ -215,14 +214,14 @@ def stack(space: Space, prefix: str, folds: list[Fold], n_rows: int, seed: int) 
             if own in reaches:
                 check_reach(net, objective, folds[0].train.x[:_LOOKED_AT], h.name, own, h.prior.ppf([0.25, 0.75]), seed)
         objective.examine(x, {own: settings[own] for own in reaches})
-        names = {h.name for h in space.hyperparameters} & {f"{prefix}input_noise", f"{prefix}mixup"}
+        names = {h.name for h in space.hyperparameters if h.own in ("input_noise", "mixup")}
         if names and not objective.feels_noise:
             raise ValueError(f"param_distributions[{min(names)!r}]: it {NO_NOISE}")
     objective.forget_weights()
-    return space.resolve(arrangements(net, objective, space, prefix, x, n_rows)), objective
+    return space.resolve(arrangements(net, objective, space, x, n_rows)), objective
 
 
-def _layout(space: Space, prefix: str, net: Net, objective: Objective, x: Tensor) -> Layout:
+def _layout(space: Space, net: Net, objective: Objective, x: Tensor) -> Layout:
     """Which coordinate of a fine grain acts on which weights: a penalty on its own, a feature's noise on its column."""
     local = []
     for h in space.hyperparameters:
@@ -241,11 +240,11 @@ def _layout(space: Space, prefix: str, net: Net, objective: Objective, x: Tensor
     return Layout(objective.units(), local, rows if rows.any() else None)
 
 
-def _differentiable(space: Space, prefix: str, objective: Objective) -> Tensor:
+def _differentiable(space: Space, objective: Objective) -> Tensor:
     """Which coordinates of λ the training loss is differentiable in, (n,) booleans: not numbers inside the module."""
 
     def is_differentiable(h: Hyperparameter) -> bool:
-        owner, _, keyword = h.name.removeprefix(prefix).partition("__")
+        owner, _, keyword = h.own.partition("__")
         return objective.penalty_follows(keyword) if owner == "penalty" else owner not in ("module", "augment")
 
     return space.mask(is_differentiable)
@@ -253,7 +252,6 @@ def _differentiable(space: Space, prefix: str, objective: Objective) -> Tensor:
 
 def _problem(
     space: Space,
-    prefix: str,
     objective: Objective,
     folds: list[Fold],
     train_batches: Minibatches,
@@ -263,7 +261,7 @@ def _problem(
     valid_rows = max(folds[0].net.batch_size, _FEWER_VALID if objective.cost > _COSTLY else _VALID_BATCH)
     valid_batches = Minibatches([fold.valid for fold in folds], valid_rows, seed=[seed + 1 for seed in seeds])
 
-    train_loss = make_train_loss(space, prefix, objective, folds[0].net, train_batches)
+    train_loss = make_train_loss(space, objective, folds[0].net, train_batches)
 
     def keep(w: Tensor, lam: Tensor, batch: Batch) -> None:
         train_loss(w, lam, batch, keep_statistics=True)
@@ -277,14 +275,12 @@ def _problem(
     )
 
 
-def make_train_loss(
-    space: Space, prefix: str, objective: Objective, net: Net, train_batches: Minibatches
-) -> Callable[..., Tensor]:
+def make_train_loss(space: Space, objective: Objective, net: Net, train_batches: Minibatches) -> Callable[..., Tensor]:
     """L_Train as a function of λ: ``(w (K, m, D), lam (m, n), batch of K × B rows) -> (K, m)``.
 
     ``train_batches`` is asked for the weights of single training rows, where these are hyperparameters.
     """
-    values_of = make_values(space, prefix, objective, net)
+    values_of = make_values(space, objective, net)
 
     def train_loss(w: Tensor, lam: Tensor, batch: Batch, *, keep_statistics: bool = False) -> Tensor:
         K, m, _ = w.shape
@@ -297,13 +293,12 @@ def make_train_loss(
     return train_loss
 
 
-def make_values(space: Space, prefix: str, objective: Objective, net: Net) -> Callable[[Tensor, int], dict[str, Any]]:
+def make_values(space: Space, objective: Objective, net: Net) -> Callable[[Tensor, int], dict[str, Any]]:
     """``(lam (m, n), K)`` → values by their names in the loss, as :meth:`Objective.train_loss` takes them for K × m models.
 
     Those of single rows are as they are in λ, (m, number of all rows).
     """
-    own = {name: name.removeprefix(prefix) for name in space.names}
-    names = {name: net.loss_names.get(short, short) for name, short in own.items()}
+    names = {h.name: net.loss_names.get(h.own, h.own) for h in space.hyperparameters}
     arranged = {h.name: h.shape for h in space.hyperparameters if isinstance(h.shape, Mapping)}
 
     def values_of(lam: Tensor, K: int) -> dict[str, Any]:

@@ -33,11 +33,11 @@ _GRAINS: dict[str, tuple[Grain | None, ...]] = {
 }
 
 
-def with_rows(net: Net, space: Space, prefix: str) -> Space:
+def with_rows(net: Net, space: Space) -> Space:
     """The same space, with one value for each training row where that is what a hyperparameter means."""
 
     def of_rows(h: Hyperparameter) -> bool:
-        return h.grain is None and net.loss_names.get(h.name.removeprefix(prefix)) == "sample_weight"
+        return h.grain is None and net.loss_names.get(h.own) == "sample_weight"
 
     return Space(tuple(replace(h, grain="row") if of_rows(h) else h for h in space.hyperparameters))
 
@@ -99,7 +99,7 @@ def _check_factory(where: str, module: Any) -> None:
         )
 
 
-def check_names(net: Net, space: Space, prefix: str) -> None:
+def check_names(net: Net, space: Space) -> None:
     """Refuse hyperparameters that do not shape the training loss, by name, before anything is computed.
 
     Raises
@@ -108,7 +108,7 @@ def check_names(net: Net, space: Space, prefix: str) -> None:
         Naming the hyperparameter, what is possible and what to do instead.
     """
     for h in space.hyperparameters:
-        where, own = f"param_distributions[{h.name!r}]", h.name.removeprefix(prefix)
+        where, own = f"param_distributions[{h.name!r}]", h.own
         if h.grain not in _GRAINS.get(own, (None,)):  # under skorch's names none has a finer one
             raise ValueError(
                 f"{where}: per_{h.grain}(...) needs something that has such a shape: weight_decay or l1 of a TorchClassifier or "
@@ -132,7 +132,7 @@ def check_names(net: Net, space: Space, prefix: str) -> None:
             )
 
 
-def find_reaches(net: Net, space: Space, prefix: str) -> dict[str, list[Reach]]:
+def find_reaches(net: Net, space: Space) -> dict[str, list[Reach]]:
     """For every tuned factory keyword, the numbers in the module that it sets.
 
     Raises
@@ -142,7 +142,7 @@ def find_reaches(net: Net, space: Space, prefix: str) -> dict[str, list[Reach]]:
     """
     reaches: dict[str, list[Reach]] = {}
     for h in space.hyperparameters:
-        own = h.name.removeprefix(prefix)
+        own = h.own
         if not own.startswith("module__"):
             continue
         where = f"param_distributions[{h.name!r}]"
@@ -245,12 +245,12 @@ def _ends(h: Hyperparameter) -> str:
     return f" (its range ends at {h.support[1]:g}: uniform(a, b) goes from a to a + b)" if shifted else ""
 
 
-def arrangements(net: Net, objective: Objective, space: Space, prefix: str, x: Tensor, n_rows: int) -> dict[str, Shape]:
+def arrangements(net: Net, objective: Objective, space: Space, x: Tensor, n_rows: int) -> dict[str, Shape]:
     """How the values of every hyperparameter that has a grain are arranged in this model, by name.
 
     Parameters
     ----------
-    net, objective, space, prefix
+    net, objective, space
     x : Tensor of shape (N, ...)
         Some rows.
     n_rows : int
@@ -268,7 +268,7 @@ def arrangements(net: Net, objective: Objective, space: Space, prefix: str, x: T
         if h.grain == "row":
             shapes[h.name] = (n_rows,)
             continue
-        if net.loss_names[h.name.removeprefix(prefix)] == "input_noise":
+        if net.loss_names[h.own] == "input_noise":
             if x.dim() != 2:
                 raise ValueError(
                     f"param_distributions[{h.name!r}]: per_feature noise needs rows of features, got rows of shape "

@@ -39,7 +39,7 @@ def verified(iris, monkeypatch):
         setup = setup._replace(space=replace(setup.space, hyperparameters=narrow))
         with monkeypatch.context() as patch:
             patch.setattr(Retrained, "validation_losses", lambda self, folds: loss(self.lam).double())
-            candidates, retrained, known = retrain_candidates(*setup[:4], distinct(*lams), **params)
+            candidates, retrained, known = retrain_candidates(*setup[:3], distinct(*lams), **params)
         if known is not None:
             assert_allclose(known[1], loss(known[0]))
         return torch.stack(candidates).squeeze(1).tolist(), [len(r.lam) for r in retrained], known
@@ -154,9 +154,9 @@ def test_both_passes_begin_with_the_same_weights_and_minibatches(iris, monkeypat
     """Under an estimator without a seed, too."""
     net = clone(NET).set_params(max_epochs=1, random_state=None)
     setup = Keeping(net, {"weight_decay": loguniform(1e-6, 1e1)}, cv=3, random_state=0).fit(*iris).setup
-    one, other = (retrain(*setup[:4], OWN[None]) for _ in range(2))
+    one, other = (retrain(*setup[:3], OWN[None]) for _ in range(2))
     assert not np.array_equal(one.weights, other.weights)
-    assert np.array_equal(one.weights, retrain(*setup[:4], OWN[None], seed=one.seed).weights)
+    assert np.array_equal(one.weights, retrain(*setup[:3], OWN[None], seed=one.seed).weights)
     monkeypatch.setattr(Retrained, "validation_losses", lambda self, folds: away(-5.0)(self.lam))
-    first, second = retrain_candidates(*setup[:4], distinct(TUNED, START, OWN))[1]
+    first, second = retrain_candidates(*setup[:3], distinct(TUNED, START, OWN))[1]
     assert first.seed == second.seed

@@ -93,8 +93,8 @@ def test_the_tuned_loss_is_the_loss_that_the_estimator_trains(iris, grain):
     net = clone(NET)
     rows = net._encode(X, y)
     folds = [type(folds[0])(net, None, rows, rows)]
-    _, objective = stack(space, "", folds, len(X), 0)
-    problem = _problem(space, "", objective, folds, Minibatches([rows], 64, seed=0), [0], objective.initial_weights())
+    _, objective = stack(space, folds, len(X), 0)
+    problem = _problem(space, objective, folds, Minibatches([rows], 64, seed=0), [0], objective.initial_weights())
     lam = space.sample(3, np.random.default_rng(0))
     batch = Batch(rows.x[None], rows.y[None])
     w = torch.randn(1, 3, objective.D) * 0.1

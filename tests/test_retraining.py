@@ -70,11 +70,11 @@ def test_what_is_switched_off_draws_no_noise_of_others(iris, module, more):
     X, y = iris
     net = clone(NET).set_params(module=module, input_noise=0.0, dtype="float64")
     space = {"input_noise": uniform(0, 1), "mixup": uniform(0, 1), **more}
-    space, _, folds, objective, *_ = Keeping(net, space, cv=3, evaluate="hypernetwork").fit(X, y).setup
+    space, folds, objective, *_ = Keeping(net, space, cv=3, evaluate="hypernetwork").fit(X, y).setup
     settings = [dict.fromkeys(space.names, 0.0) | {name: 0.5} for name in space.names] + [
         dict.fromkeys(space.names, 0.0)
     ]
-    curves = retrain(space, "", folds, objective, torch.stack([space.encode(one) for one in settings])).curves
+    curves = retrain(space, folds, objective, torch.stack([space.encode(one) for one in settings])).curves
     for c, setting in enumerate(settings):
         for k, (train, _) in enumerate(StratifiedKFold(3).split(X, y)):
             alone = clone(net).set_params(**setting).fit(X[train], y[train])
@@ -114,9 +114,9 @@ def test_a_diverging_candidate_is_left_to_its_own_fit(iris):
     net = clone(NET).set_params(optimizer="sgd", lr=0.1)
     rows = net._encode(X, y)
     space = Space.from_distributions({"weight_decay": loguniform(1e-6, 1e30)})
-    space, objective = stack(space, "", [Fold(net, None, rows, rows)], len(X), 0)
+    space, objective = stack(space, [Fold(net, None, rows, rows)], len(X), 0)
     lam = torch.stack([space.encode({"weight_decay": strength}) for strength in (1e-3, 1e20)])
-    known = retrain(space, "", [Fold(net, None, rows, rows)], objective, lam)
+    known = retrain(space, [Fold(net, None, rows, rows)], objective, lam)
     good, bad, other = (clone(net).set_params(weight_decay=strength) for strength in (1e-3, 1e20, 1e-2))
     assert [known.fit_known(one, one._encode(X, y)) for one in (good, bad, other)] == [True, False, False]
     alone = clone(good).fit(X, y)
@@ -173,7 +173,7 @@ def test_folds_of_other_sizes_are_screened_and_retrained_as_single_fits_would_be
     net = clone(NET).set_params(batch_size=1024, lr=0.05, dtype="float64", max_epochs=30)
     space = {"weight_decay": loguniform(1e-6, 1e1)}
     found = Keeping(net, space, cv=splits, scoring="neg_log_loss", random_state=0).fit(X, y)
-    curves = retrain(*found.setup[:4], found.setup.current[None]).curves[:, 0]
+    curves = retrain(*found.setup[:3], found.setup.current[None]).curves[:, 0]
     assert len(found.cv_results_["params"]) >= 4
     assert used.count(True) == 3 * len(found.cv_results_["params"])
     for row, params in enumerate(found.cv_results_["params"]):
@@ -231,8 +231,8 @@ def test_what_cannot_be_stacked_is_trained_one_after_the_other_if_asked_for(iris
     assert not setup.objective.stacked
     used.clear()
     lam = torch.stack([setup.current, setup.space.quantile(np.full((1, 2), 0.6))[0]])
-    assert retrain(*setup[:4], lam) is None
-    found = retrain(*setup[:4], lam, unstacked=True).validation_losses(setup.folds)
+    assert retrain(*setup[:3], lam) is None
+    found = retrain(*setup[:3], lam, unstacked=True).validation_losses(setup.folds)
     for one, loss in zip(lam, found, strict=True):
         alone = clone(net).set_params(**setup.space.decode(one))
         scores = cross_val_score(alone, X, y, cv=splits, scoring="neg_log_loss")

@@ -47,14 +47,14 @@ def test_the_start_is_between_the_screened_settings_where_a_parabola_through_the
     net, space = clone(NET), Space.from_distributions({"weight_decay": loguniform(1e-6, 1e1)})
     rows = net._encode(X, y)
     folds = [Fold(net, None, rows, rows)]
-    space, objective = stack(space, "", folds, len(X), 0)
+    space, objective = stack(space, folds, len(X), 0)
     current = space.encode({"weight_decay": 1e-6})
 
     def losses(self, folds):
         return (0.3 * (self.lam[:, 0] - np.log(5e-3)) ** 2).exp()
 
     monkeypatch.setattr(Retrained, "validation_losses", losses)
-    start = screen(space, "", folds, objective, current)
+    start = screen(space, folds, objective, current)
     assert space.decode(start)["weight_decay"] == pytest.approx(5e-3, rel=1e-4)
 
     def diverged(self, folds):
@@ -65,7 +65,7 @@ def test_the_start_is_between_the_screened_settings_where_a_parabola_through_the
         Retrained, "validation_losses", diverged
     )  # the better of its neighbours: then it is the best itself
     on_the_line = loguniform(1e-6, 1e1).ppf([0.4, 0.5, 0.6, 0.7])
-    found = space.decode(screen(space, "", folds, objective, current))["weight_decay"]
+    found = space.decode(screen(space, folds, objective, current))["weight_decay"]
     assert np.isclose(found, on_the_line, rtol=1e-6).any()
 
 
@@ -82,13 +82,13 @@ def test_what_overfits_late_is_not_started_from_because_it_looks_good_early(iris
     )
     rows = net._encode(X, y)
     folds = [Fold(net, None, rows, rows)]
-    space, objective = stack(space, "", folds, len(X), 0)
+    space, objective = stack(space, folds, len(X), 0)
     monkeypatch.setattr(Retrained, "validation_losses", lambda self, folds: torch.tensor(losses))
     screened = []
     monkeypatch.setattr(
-        "hypertune.starts.retrain", lambda *args, **kwargs: screened.append(args[4]) or retrain(*args, **kwargs)
+        "hypertune.starts.retrain", lambda *args, **kwargs: screened.append(args[3]) or retrain(*args, **kwargs)
     )
-    start = screen(space, "", folds, objective, space.encode({"weight_decay": 1e-6, "input_noise": 0.1}))
+    start = screen(space, folds, objective, space.encode({"weight_decay": 1e-6, "input_noise": 0.1}))
     assert torch.equal(start, screened[0][chosen])
 
 
@@ -139,7 +139,7 @@ def test_with_batchnorm_a_line_is_screened_on_one_fold_at_any_size(iris, monkeyp
     screened = []
     monkeypatch.setattr(
         "hypertune.starts.retrain",
-        lambda *args, **more: screened.append((args[2], args[4], more["seed"])) or retrain(*args, **more),
+        lambda *args, **more: screened.append((args[1], args[3], more["seed"])) or retrain(*args, **more),
     )
     space = {"weight_decay": loguniform(1e-6, 1e1), "module__dropout": uniform(0, 0.8)}
     net = clone(NET).set_params(module=module, max_epochs=1)
