@@ -31,6 +31,7 @@ from hypertune.randomness import isolated
 from hypertune.retraining import retrain
 from hypertune.search import HyperTrainingSearchCV, Setup
 from hypertune.stacked import flat_weights
+from hypertune.starts import out_of_corners
 from hypertune.training import make_train_loss
 
 _MOST_DIRECTIONS = 20
@@ -123,7 +124,8 @@ class _Probe(HyperTrainingSearchCV):
 
     def _propose_candidates(self) -> list[dict[str, Any]]:
         setup = self._set_up()
-        response, _ = self._tuner(setup, setup.current)(setup.folds, grain_scale=None)
+        begin = out_of_corners(setup.space, setup.current)
+        response, _ = self._tuner(setup, begin)(setup.folds, grain_scale=None)
         assert response.hypergradient is not None
         at = setup.space.encode(response.params)  # where λ̂ was held
         self.check = self.oracle(setup._replace(current=at), response.hypergradient.double())

@@ -123,6 +123,7 @@ ROOMS = {  # room -> the rooms it may import from
         "retraining",
         "search",
         "stacked",
+        "starts",
         "training",
     },
 }
