@@ -86,7 +86,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
     start : {"screened", "estimator"}, default="screened"
         Where the hyperparameters start: at the best of a handful of settings that are trained together in one stacked pass
         first, or at the estimator's own setting. If regularisation leaves nothing but a constant prediction there, "screened" begins
-        again, nearer to the middle of the distributions. Screened are small models that can be stacked, for which that is nearly free, and those with BatchNorm (on one fold; if a logarithmic hyperparameter is tuned);
+        again, further down the logarithmic distributions. Screened are small models that can be stacked, for which that is nearly free, and those with BatchNorm (on one fold; if a logarithmic hyperparameter is tuned);
         and not with ``evaluate="hypernetwork"``, ``algorithm="global"``, skorch nets or weights of rows.
         "estimator" verifies that setting and the tuned one only.
     evaluate : {"retrain", "hypernetwork"}, default="retrain"
