@@ -76,21 +76,25 @@ def find_columns(
     return found
 
 
-def find_noisy(X: np.ndarray, columns: Mapping[str, Tensor] | None) -> np.ndarray:
-    """Which columns noise and mixup may touch, as ones and zeros: not those of an input that holds whole numbers only (codes)."""
+def find_noisy(X: np.ndarray, codes: Mapping[str, Tensor]) -> np.ndarray:
+    """Which columns noise and mixup may touch, as ones and zeros: not those of codes, which :func:`find_codes` gives."""
     noisy = np.ones(X.shape[1:])
-    for group in (columns or {}).values():
-        numbers = group.cpu().numpy()
-        noisy[numbers] *= not _are_whole(X[:, numbers])
+    for group in codes.values():
+        noisy[group.cpu().numpy()] = 0.0
     return noisy
 
 
-def check_codes(X: np.ndarray, columns: Mapping[str, Tensor] | None, dtype: str) -> None:
+def find_codes(X: np.ndarray, columns: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """The inputs that hold whole numbers only."""
+    return {name: group for name, group in (columns or {}).items() if _are_whole(X[:, group.cpu().numpy()])}
+
+
+def check_codes(X: np.ndarray, codes: Mapping[str, Tensor], dtype: str) -> None:
     """Refuse codes so large that the dtype has not each of them."""
     most = 2 ** (np.finfo(dtype).nmant + 1)
-    for name, group in (columns or {}).items():
+    for name, group in codes.items():
         own = X[:, group.cpu().numpy()]
-        if _are_whole(own) and own.size and np.abs(own).max() > most:
+        if own.size and np.abs(own).max() > most:
             raise ValueError(
                 f"inputs[{name!r}] holds whole numbers up to {np.abs(own).max():.0f}, which are taken for codes, and {dtype} has not each of those "
                 f"beyond {most}: two codes would become one. Number them from 0 (sklearn's OrdinalEncoder), scale them if they are amounts, or set dtype='float64'."

@@ -6,8 +6,8 @@ common random numbers of the antithetic pairs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,47 +68,57 @@ class TensorDropout(Drops, nn.Module):
         return (*x.shape[:2], *(1,) * (x.dim() - 2)) if self.channelwise else x.shape
 
 
-class DropsInside(Drops):
-    """A layer of torch's whose own dropout, ``dropout``, is inside what it computes."""
-
-    dropout: Any
-
-    @contextmanager
-    def _without_dropout(self) -> Iterator[None]:
-        rate, self.dropout = self.dropout, 0.0
-        try:
-            yield
-        finally:
-            self.dropout = rate
-
-
-class TensorAttention(DropsInside, nn.MultiheadAttention):
+class TensorAttention(Drops, nn.MultiheadAttention):
     """``nn.MultiheadAttention`` whose dropout, of the attention weights, may have a tensor as its rate.
 
-    torch's own says what the weights are without it, whatever the masks; they are dropped and applied here.
+    Without dropout it is torch's own. A query whose keys are all masked attends to nothing.
     """
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        names = ("key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal")
-        asked: dict[str, Any] = {**dict(zip(names, args, strict=False)), **kwargs}
-        if not self.training or is_zero(self.dropout) or query.dim() != 3:
-            return super().forward(query, key, value, **asked)
-        as_needed, average = asked.get("need_weights", True), asked.get("average_attn_weights", True)
-        with self._without_dropout():
-            asked |= {"need_weights": True, "average_attn_weights": False}
-            _, weights = super().forward(query, key, value, **asked)
-        weights = self._dropped(weights, self.dropout)  # type: ignore[arg-type]  # (B, heads, T, S)
-        rows = value if self.batch_first else value.transpose(0, 1)
-        matrix = self.v_proj_weight if self.in_proj_weight is None else self.in_proj_weight.chunk(3)[2]
-        bias = None if self.in_proj_bias is None else self.in_proj_bias.chunk(3)[2]
-        values = F.linear(rows, matrix, bias)  # (B, S, E)
-        if self.bias_v is not None:
-            values = torch.cat([values, self.bias_v.expand(len(values), -1, -1)], dim=1)
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> Any:
+        masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+        if not self.training or is_zero(self.dropout) or query.dim() != 3 or (is_causal and attn_mask is None):
+            return super().forward(query, key, value, *masks)
+        rows = (query, key, value) if self.batch_first else (x.transpose(0, 1) for x in (query, key, value))
+        matrices = (
+            (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+            if self.in_proj_weight is None
+            else self.in_proj_weight.chunk(3)
+        )
+        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        q, k, v = (F.linear(x, w, b) for x, w, b in zip(rows, matrices, biases, strict=True))  # (B, T or S, E)
+        if self.bias_k is not None and self.bias_v is not None:
+            k, v = (torch.cat([x, b.expand(len(x), -1, -1)], dim=1) for x, b in ((k, self.bias_k), (v, self.bias_v)))
         if self.add_zero_attn:
-            values = F.pad(values, (0, 0, 0, 1))
-        heads = values.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-        outputs = self.out_proj((weights @ heads).transpose(1, 2).flatten(2))
+            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+        q, k, v = (x.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
+        scores = q @ k.transpose(2, 3) / math.sqrt(self.head_dim)  # (B, heads, T, S)
+        if attn_mask is not None:
+            own = attn_mask if attn_mask.dim() == 2 else attn_mask.unflatten(0, (-1, self.num_heads))
+            scores = scores + _added(own, scores)
+        if key_padding_mask is not None:
+            scores = scores + _added(key_padding_mask[:, None, None], scores)
+        dead = (scores == -math.inf).all(dim=3, keepdim=True)
+        weights = scores.masked_fill(dead, 0.0).softmax(dim=3).masked_fill(dead, 0.0)
+        weights = self._dropped(weights, self.dropout)
+        outputs = self.out_proj((weights @ v).transpose(1, 2).flatten(2))
         outputs = outputs if self.batch_first else outputs.transpose(0, 1)
-        if not as_needed:
+        if not need_weights:
             return outputs, None
-        return outputs, weights.mean(dim=1) if average else weights
+        return outputs, weights.mean(dim=1) if average_attn_weights else weights
+
+
+def _added(mask: Tensor, scores: Tensor) -> Tensor:
+    """A mask (..., S) as what is added to scores: minus infinity where it is True; none for keys that the layer adds itself."""
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill(mask, -math.inf)
+    return F.pad(mask.to(scores.dtype), (0, scores.shape[3] - mask.shape[-1]))

@@ -28,6 +28,7 @@ from hypertune.arrays import (
     check_strengths,
     contiguous,
     dense,
+    find_codes,
     find_columns,
     find_noisy,
     fingerprint,
@@ -312,7 +313,8 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
         X, y = self._validated(X, y)
         self._row_shape = X.shape[1:]
         self._columns = find_columns(self.inputs, self._row_shape, getattr(self, "feature_names_in_", ()), self.device)
-        noisy = find_noisy(X, self._columns)
+        self._codes = find_codes(X, self._columns)
+        noisy = find_noisy(X, self._codes)
         for name in ("input_noise", "mixup") if not noisy.any() else ():
             if not is_zero(getattr(self, name)):
                 raise ValueError(f"{name} {NO_NOISE}")
@@ -459,7 +461,7 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
         return torch.from_numpy(contiguous(array, self.dtype)).to(self.device)
 
     def _rows(self, X: np.ndarray) -> Tensor:
-        check_codes(X, self._columns, self.dtype)
+        check_codes(X, self._codes, self.dtype)
         return self._tensor(X)
 
     def _outputs(self, X: Any) -> np.ndarray:

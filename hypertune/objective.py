@@ -247,10 +247,18 @@ class Objective(StackedModule):
         return self._mean_loss(self.predict(w, batch.x, fold=fold), batch, 0.0)
 
     def full_valid_loss(self, w: Tensor, rows: Rows, fold: int) -> Tensor:
-        """L_Valid of M models w (M, D) of one fold on all its rows, (M,): outputs in pieces, since the loss need not be a sum over rows."""
+        """L_Valid of M models w (M, D) of one fold on all its rows, (M,); rows are seen in pieces."""
         with torch.no_grad():
-            outputs = [self.predict(w, x, fold=fold) for x in _pieces(rows, len(w))]
-            return self._mean_loss(torch.cat(outputs, dim=1), _targets(rows, len(w)), 0.0)
+            outputs, M = (self.predict(w, x, fold=fold) for x in _pieces(rows, len(w))), len(w)
+            if isinstance(self.loss, CustomLoss):  # need not be a sum over rows
+                return self._mean_loss(torch.cat(list(outputs), dim=1), _targets(rows, M), 0.0)
+            whole, total = _targets(rows, M), torch.zeros(M, dtype=w.dtype, device=w.device)
+            for start, some in zip(range(0, len(rows.x), _PIECE), outputs, strict=True):
+                piece = slice(start, start + _PIECE)
+                weight = None if whole.weight is None else whole.weight[:, piece]
+                of_piece = self._mean_loss(some, whole._replace(y=whole.y[:, piece], weight=weight), 0.0)
+                total += of_piece * (some.shape[1] / len(rows.x))
+            return total
 
     def full_valid_gradient(self, w: Tensor, rows: Rows, fold: int) -> Tensor:
         """Of the same for one model, (1, D)."""

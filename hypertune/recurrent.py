@@ -6,7 +6,8 @@ torch's documentation have it; by themselves they are torch's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,20 +16,21 @@ from torch import Tensor, nn
 from torch._C._functorch import is_batchedtensor
 from torch.nn.utils.rnn import PackedSequence
 
-from hypertune.dropout import DropsInside, is_zero
+from hypertune.dropout import Drops, is_zero
 
 State = tuple[Tensor, ...]  # the hidden state, and of an LSTM its cells
 
 
-class TensorRecurrent(DropsInside, nn.RNNBase):
+class TensorRecurrent(Drops, nn.RNNBase):
     """What ``nn.RNN``, ``nn.LSTM`` and ``nn.GRU`` become in our copy of the module."""
 
     fused: bool = True  # by torch's kernels, where there is one model
     drops: bool = True  # cuDNN gives a gradient in training mode only: in eval mode it is that, without dropout
+    dropout: Any
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         drops = self.training and self.drops and self.num_layers > 1 and not is_zero(self.dropout)
-        stacked = not self.fused or _are_stacked(input, self.parameters())
+        stacked = not self.fused or _are_stacked(input, hx, self.parameters())
         if isinstance(input, PackedSequence) or input.dim() != 3 or not (drops or stacked):
             if drops:
                 return super().forward(input, hx)
@@ -39,7 +41,7 @@ class TensorRecurrent(DropsInside, nn.RNNBase):
         if hx is None:
             sizes = (self.proj_size or self.hidden_size, self.hidden_size)[: 1 + cells]
             hx = tuple(x.new_zeros(directions * self.num_layers, x.shape[1], size) for size in sizes)
-        ends, of_layers = [], (s.split(directions) for s in (hx if isinstance(hx, tuple) else (hx,)))
+        ends, of_layers = [], (s.split(directions) for s in (hx if isinstance(hx, (tuple, list)) else (hx,)))
         for layer, state in enumerate(zip(*of_layers, strict=True)):
             if layer and drops:
                 x = self._dropped(x, self.dropout)
@@ -48,6 +50,14 @@ class TensorRecurrent(DropsInside, nn.RNNBase):
             ends.append(end)
         final = tuple(torch.cat(end) for end in zip(*ends, strict=True))
         return x.transpose(0, 1) if self.batch_first else x, final if cells else final[0]
+
+    @contextmanager
+    def _without_dropout(self) -> Iterator[None]:
+        rate, self.dropout = self.dropout, 0.0
+        try:
+            yield
+        finally:
+            self.dropout = rate
 
     def _as_torch(self, x: Tensor, state: State, weights: Sequence[Sequence[Tensor]]) -> tuple[Tensor, State]:
         flat = [w for own in weights for w in own]
@@ -82,12 +92,12 @@ class _Cell(nn.RNNCellBase):
     mode: str
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
-        if not _are_stacked(input, self.parameters()):
+        if not _are_stacked(input, hx, self.parameters()):
             return super().forward(input, hx)
         cells = self.mode == "LSTM"
         if hx is None:
             hx = (input.new_zeros(*input.shape[:-1], self.hidden_size),) * (1 + cells)
-        state = hx if isinstance(hx, tuple) else (hx,)
+        state = tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
         gates = F.linear(input, self.weight_ih, self.bias_ih)
         now = _STEPS[self.mode](gates, state, F.linear(state[0], self.weight_hh, self.bias_hh), None)
         return now if cells else now[0]
@@ -113,8 +123,9 @@ RECURRENT: dict[type[nn.Module], type[nn.Module]] = {
 }  # fmt: skip
 
 
-def _are_stacked(input: Any, parameters: Any) -> bool:
-    return any(is_batchedtensor(t) for t in (input, *parameters) if isinstance(t, Tensor))
+def _are_stacked(input: Any, hx: Any, parameters: Iterator[Tensor]) -> bool:
+    states = hx if isinstance(hx, (tuple, list)) else (hx,)
+    return any(is_batchedtensor(t) for t in (input, *states, *parameters) if isinstance(t, Tensor))
 
 
 # From what the input and the hidden state say of the gates to the next state.

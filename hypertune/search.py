@@ -316,7 +316,9 @@ class HyperTrainingSearchCV(BaseSearchCV):
             Before any training, for a space, data or a model that cannot be tuned; during it, if the loss diverges.
         """
         own = {"estimator": self.estimator, "cv": self.cv}
-        earlier = {name: self.__dict__.pop(name) for name in self._fitted()}
+        earlier = {name: vars(self)[name] for name in self._fitted()}
+        for name in ("history_", "best_response_"):
+            self.__dict__.pop(name, None)
         net = last_step(self.estimator)
         self._known: list[Known] = []
         try:
@@ -331,7 +333,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
             self._inputs = indexable(X, y)
             super().fit(X, y, **params)
         except BaseException:
-            for name in self._fitted():
+            for name in set(self._fitted()) - set(earlier):
                 del self.__dict__[name]
             self.__dict__.update(earlier)  # the results are those of the last whole fit, if there was one
             raise
@@ -346,7 +348,8 @@ class HyperTrainingSearchCV(BaseSearchCV):
         return self
 
     def _fitted(self) -> list[str]:
-        return [name for name in vars(self) if name.endswith("_") and not name.startswith("_")]
+        own = self._get_param_names()
+        return [name for name in vars(self) if name.endswith("_") and not name.startswith("_") and name not in own]
 
     def _weighs_rows(self) -> bool:
         """Whether a weight for each row is among the hyperparameters."""

@@ -234,7 +234,7 @@ class StackedModule:
             self.outputs(self.named(w), x[None], values, training=False, fold=0)
         noise, counter = rng_state(x.device), FlopCounterMode(display=False)
         # It cannot count where a forward differentiates, nor inside the fused kernels of recurrent layers.
-        with torch.no_grad(), suppress(RuntimeError), self._step_by_step(), counter:
+        with torch.no_grad(), suppress(Exception), self._step_by_step(), counter:
             self.outputs(self.named(w), x[None], values, training=False, fold=0)
         set_rng_state(noise, x.device)
         self.cost = max(self.D, counter.get_total_flops() // (2 * len(x)))
@@ -254,7 +254,7 @@ class StackedModule:
             why = (str(error).partition(" We don't support")[0].splitlines() or [type(error).__name__])[0]
             warnings.warn(
                 f"The folds are trained one after the other: {type(self._modules[True]).__name__} does not work under "
-                f"torch.func.vmap ({why}). What does not: packed sequences, branches that depend on values, F.dropout with a tuned "
+                f"torch.func.vmap ({why}). What does not: packed or unbatched sequences, subclasses of torch's recurrent layers, branches that depend on values, F.dropout with a tuned "
                 "rate (nn.Dropout does).",
                 UserWarning,
                 stacklevel=2,

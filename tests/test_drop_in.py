@@ -458,3 +458,17 @@ def test_autocast_around_a_search_changes_nothing(iris):
         found = search(max_epochs=2).fit(X, y)
         assert torch.is_autocast_enabled("cpu")
     assert found.best_params_ == expected.best_params_
+
+
+def test_what_a_subclass_sets_before_it_fits_is_there_afterwards(iris):
+    class Noting(HyperTrainingSearchCV):
+        def fit(self, X, y=None, **params):
+            self.note_ = "mine"
+            return super().fit(X, y, **params)
+
+    noting = Noting(NET, SPACE, cv=3, max_epochs=1, evaluate="hypernetwork", random_state=0)
+    assert noting.fit(*iris).note_ == "mine"
+    with pytest.raises(ValueError, match="NaN"):
+        noting.fit(np.full_like(iris[0], np.nan), iris[1])
+    assert noting.note_ == "mine"
+    assert noting.predict(iris[0]).shape == (150,)

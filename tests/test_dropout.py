@@ -142,3 +142,23 @@ def test_large_attention_is_faster_one_after_the_other():
         stacked = StackedModule(Attends(width))
         stacked.examine(torch.zeros(2, 10, width), {})
         assert stacked.stacked == together
+
+
+@pytest.mark.parametrize("kind", ["padding", "attention", "float"])
+def test_a_query_without_keys_attends_to_nothing_and_has_a_gradient(kind, monkeypatch):
+    """As torch has it where no weights are asked for, in nn.TransformerEncoderLayer say."""
+    torch.manual_seed(0)
+    layer, rows = nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True).double(), _rows({"batch_first": True})
+    own = with_own_layers(layer)
+    monkeypatch.setattr(type(own), "_dropped", lambda self, weights, rate: weights)
+    padding, attention = torch.zeros(3, 6, dtype=torch.bool), torch.zeros(4, 6, dtype=torch.bool)
+    padding[1], attention[2] = True, True
+    mask: dict[str, Any] = {"key_padding_mask": padding} if kind == "padding" else {"attn_mask": attention}
+    if kind == "float":
+        mask = {"attn_mask": torch.zeros(4, 6, dtype=torch.float64).masked_fill(attention, -torch.inf)}
+    layer.dropout = 0.0
+    found, _ = own(*rows, need_weights=False, **mask)
+    expected, _ = layer(*rows, need_weights=False, **mask)
+    assert_close(found, expected)
+    for gradient in torch.autograd.grad(found.square().sum(), list(layer.parameters())):
+        assert gradient.isfinite().all()

@@ -256,3 +256,20 @@ def test_noise_of_its_own_for_each_place_of_a_row():
     seen = torch.sort(rows[-1], dim=0)[0]
     differs = (seen - torch.sort(torch.from_numpy(X).float(), dim=0)[0]).abs().amax(dim=0) > 1e-6
     assert differs.nonzero().tolist() == [[2, 1]]
+
+
+def test_what_are_codes_is_learned_from_the_rows_of_fit(iris):
+    """A few rows of amounts may happen to hold whole numbers only."""
+
+    class Both(nn.Module):
+        def __init__(self, n, m):
+            super().__init__()
+            self.out = nn.Linear(1, m)
+
+        def forward(self, a, b):
+            return self.out(a)
+
+    X, y = np.column_stack([iris[0][:, 0], 1e7 + 1e5 * iris[0][:, 1] ** 2]), iris[1]
+    X[0, 1] = 3e7
+    fitted = TorchClassifier(Both, inputs={"a": [0], "b": [1]}, max_epochs=1, random_state=0).fit(X, y)
+    assert fitted.predict(X[:1]).shape == (1,)

@@ -209,3 +209,38 @@ def test_what_is_faster_one_after_the_other_is_so_without_a_word(kind, steps, to
     stacked.examine(torch.zeros(2, steps, 2), {})
     assert stacked.stacked == together
     assert stacked.cost == pytest.approx(steps * sum(p.numel() for p in Last().parameters() if p.dim() > 1))
+
+
+@pytest.mark.parametrize("cell", [False, True])
+def test_the_state_of_an_lstm_may_be_a_list(cell):
+    class Given(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = nn.LSTMCell(3, 4) if cell else nn.LSTM(3, 4, batch_first=True)
+
+        def forward(self, x):
+            if cell:
+                return self.rnn(x[:, 0], [x.new_ones(len(x), 4)] * 2)[0]
+            return self.rnn(x, [x.new_ones(1, len(x), 4)] * 2)[0][:, -1]
+
+    stacked = StackedModule(Given())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stacked.examine(torch.randn(2, 5, 3), {})
+    assert stacked.stacked
+
+
+def test_a_frozen_layer_that_begins_where_a_trained_one_ended():
+    class Decoding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.trained, self.frozen = nn.Linear(3, 4), nn.GRU(3, 4, batch_first=True).requires_grad_(False)
+
+        def forward(self, x):
+            return self.frozen(torch.ones(len(x), 2, 3), self.trained(x)[None])[0][:, -1]
+
+    stacked = StackedModule(Decoding())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stacked.examine(torch.randn(2, 3), {})
+    assert stacked.stacked
