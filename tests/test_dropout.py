@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import loguniform, uniform
-from sklearn.base import clone
-from sklearn.model_selection import KFold, cross_val_score
+from sklearn.model_selection import KFold
 from torch import nn
 from torch.testing import assert_close
 
@@ -15,6 +14,7 @@ from hypertune import HyperTrainingSearchCV, TorchClassifier, model_factory
 from hypertune.layers import with_own_layers
 from hypertune.modules import find_reach
 from hypertune.stacked import StackedModule
+from tests.searches import assert_scores_are_those_of_own_fits
 
 FORMS: list[dict[str, Any]] = [
     {},
@@ -105,9 +105,7 @@ def test_a_transformer_with_one_dropout_for_all_is_tuned_with_all_folds_in_one_p
     found = HyperTrainingSearchCV(net, space, cv=KFold(3), scoring="neg_log_loss", random_state=0).fit(X, y)
     assert found.best_response_.objective.stacked
     assert used.count(True) == 3 * len(found.cv_results_["params"])
-    for params, score in zip(found.cv_results_["params"], found.cv_results_["mean_test_score"], strict=True):
-        alone = cross_val_score(clone(net).set_params(**params), X, y, cv=KFold(3), scoring="neg_log_loss")
-        assert score == pytest.approx(alone.mean(), rel=1e-6)
+    assert_scores_are_those_of_own_fits(found, X, y, rel=1e-6)
 
 
 def test_a_rate_of_one_leaves_nothing_as_torchs_does():

@@ -17,12 +17,13 @@ from scipy.stats import loguniform, uniform
 from sklearn.base import clone
 from sklearn.compose import ColumnTransformer
 from sklearn.metrics import log_loss
-from sklearn.model_selection import KFold, cross_val_score
+from sklearn.model_selection import KFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from torch import nn
 
 from hypertune import MLP, HyperTrainingSearchCV, TorchClassifier, TorchRegressor
+from tests.searches import assert_scores_are_those_of_own_fits
 
 SPACE = {"weight_decay": loguniform(1e-6, 1e0)}
 NET = TorchClassifier(MLP(hidden=(8,)), max_epochs=2, random_state=0)
@@ -201,9 +202,7 @@ def test_folds_of_other_widths_are_filled_up_and_verified_as_they_are(noise: flo
     space = {f"torchclassifier__{name}": prior for name, prior in SPACE.items()}
     search = HyperTrainingSearchCV(estimator, space, cv=cv, random_state=0, scoring="neg_log_loss", error_score="raise")
     search.fit(X, y)
-    for setting, score in zip(search.cv_results_["params"], search.cv_results_["mean_test_score"], strict=True):
-        alone = cross_val_score(clone(estimator).set_params(**setting), X, y, cv=cv, scoring="neg_log_loss")
-        assert score == pytest.approx(alone.mean(), rel=1e-12)
+    assert_scores_are_those_of_own_fits(search, X, y, rel=1e-12)
     assert search.best_estimator_[-1].n_features_in_ == 5
     assert search.best_response_.folds[0].net._noisy.tolist() == [1, 1, 1, 1, 0]  # no noise on what some have not got
     for k, (_, valid) in enumerate(cv.split(X)):

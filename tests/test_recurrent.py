@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import loguniform, uniform
-from sklearn.base import clone
-from sklearn.model_selection import KFold, cross_val_score
+from sklearn.model_selection import KFold
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.testing import assert_close
@@ -19,6 +18,7 @@ from hypertune import HyperTrainingSearchCV, TorchClassifier, model_factory
 from hypertune.layers import differentiable_in_eval_mode, with_own_layers
 from hypertune.modules import find_reach
 from hypertune.stacked import StackedModule
+from tests.searches import assert_scores_are_those_of_own_fits
 
 KINDS = [nn.RNN, nn.LSTM, nn.GRU]
 FORMS: list[dict[str, Any]] = [
@@ -186,9 +186,7 @@ def test_a_recurrent_module_is_tuned_with_all_folds_in_one_pass(used):
     found = HyperTrainingSearchCV(net, space, cv=KFold(3), scoring="neg_log_loss", random_state=0).fit(X, y)
     assert found.best_response_.objective.stacked
     assert used.count(True) == 3 * len(found.cv_results_["params"])
-    for params, score in zip(found.cv_results_["params"], found.cv_results_["mean_test_score"], strict=True):
-        alone = cross_val_score(clone(net).set_params(**params), X, y, cv=KFold(3), scoring="neg_log_loss")
-        assert score == pytest.approx(alone.mean(), rel=1e-6)
+    assert_scores_are_those_of_own_fits(found, X, y, rel=1e-6)
 
 
 @pytest.mark.parametrize(("kind", "steps", "together"), [

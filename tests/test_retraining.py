@@ -24,6 +24,7 @@ from hypertune.recipes import choose
 from hypertune.retraining import retrain
 from hypertune.space import Space
 from hypertune.training import stack
+from tests.searches import assert_scores_are_those_of_own_fits
 
 SPACE = {"weight_decay": per_unit(loguniform(1e-6, 1e0)), "module__dropout": uniform(0, 0.5)}
 NET = TorchClassifier(MLP(hidden=(8,), dropout=0.1), max_epochs=8, batch_size=16, input_noise=0.1, random_state=3)
@@ -385,6 +386,4 @@ def test_codes_in_the_training_rows_of_one_fold_alone(iris, used):
     splits = [(rows[rows % 3 != k], rows[rows % 3 == k]) for k in (2, 0, 1)]
     found = search(net, {"input_noise": uniform(0, 1)}, scoring="neg_log_loss", cv=splits).fit(X, y)
     assert not any(used)
-    for params, score in zip(found.cv_results_["params"], found.cv_results_["mean_test_score"], strict=True):
-        alone = cross_val_score(clone(net).set_params(**params), X, y, cv=splits, scoring="neg_log_loss")
-        assert score == pytest.approx(alone.mean(), rel=1e-9)
+    assert_scores_are_those_of_own_fits(found, X, y, rel=1e-9)
