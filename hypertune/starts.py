@@ -26,6 +26,7 @@ _SCREENED_STEPS = 150  # a screening is at least so long, or as long as a fit
 _SCREENED_SHARE = 1 / 3
 _NEARLY = 1.05  # times the least loss: as good, in a screening
 _RESTARTS = 2
+_ROUNDING = 1e-9  # units of λ: a bound's logarithm may round to the wrong side of it
 _THIRD = 1 / 3  # of the way up a distribution: out of the flat part
 
 
@@ -80,7 +81,7 @@ def out_of_corners(space: Space, current: Tensor) -> Tensor:
     at a third of the way up its distribution.
     """
     third = space.quantile(np.full((1, space.n), _THIRD))[0]
-    at_bound = (current == space.low) | (current == space.high)
+    at_bound = torch.minimum(current - space.low, space.high - current) < _ROUNDING
     return torch.where(space.log & at_bound, third, current)
 
 
