@@ -81,8 +81,8 @@ def out_of_corners(space: Space, current: Tensor) -> Tensor:
     at a third of the way up its distribution.
     """
     third = space.quantile(np.full((1, space.n), _THIRD))[0]
-    at_bound = torch.minimum(current - space.low, space.high - current) < _ROUNDING
-    return torch.where(space.log & at_bound, third, current)
+    low, high = (torch.isclose(current, bound, rtol=0.0, atol=_ROUNDING) for bound in (space.low, space.high))
+    return torch.where(space.log & (low | high), third, current)
 
 
 def restarts(space: Space, constant: Tensor) -> Iterator[Tensor]:
