@@ -1,4 +1,4 @@
-"""The user's module, made tunable without a change to it: where a factory keyword arrives, and dropout by tensor.
+"""The user's module, made tunable without a change to it: where a factory keyword arrives, how plain layers run together, what is refused.
 
 A keyword such as ``dropout`` of ``MLP(dropout=...)`` sets numbers inside the module it builds. :func:`find_reach`
 builds the module at three values of the keyword and sees which numbers move; during hyper-training those numbers, in
