@@ -8,6 +8,7 @@ from __future__ import annotations
 import pickle
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from hypertune import (
     per_unit,
     per_weight,
 )
+from tests.searches import assert_scores_are_those_of_own_fits
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -87,6 +89,93 @@ def test_a_finer_grain_is_that_of_the_cpu(iris, per: Any, algorithm: str):
         for device in ("cpu", "cuda")
     }
     assert_allclose(on["cuda"].history_["validation_loss"], on["cpu"].history_["validation_loss"], rtol=1e-3)
+
+
+class Last(nn.Module):
+    """A recurrent layer, and what it says after the last row of an image."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)[0][:, -1]
+
+
+class Attention(nn.Module):
+    """Of the rows of an image to each other."""
+
+    def __init__(self, inputs: int, classes: int, dropout: float = 0.0):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=dropout, batch_first=True)
+        self.encoder, self.out = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(64, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.encoder(x.unflatten(1, (8, 8))).flatten(1))
+
+
+class Normed(nn.Sequential):
+    def __init__(self, inputs: int, classes: int, dropout: float = 0.0):
+        super().__init__(
+            nn.Linear(inputs, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(dropout), nn.Linear(16, classes)
+        )
+
+
+def recurrent(kind: type[nn.RNNBase], **form: Any) -> Callable[..., nn.Module]:
+    def build(inputs: int, classes: int, dropout: float = 0.0) -> nn.Module:
+        width = 8 * (1 + form.get("bidirectional", False))
+        layer = kind(8, 8, num_layers=2, batch_first=True, dropout=dropout, **form)
+        return nn.Sequential(nn.Unflatten(1, (8, 8)), Last(layer), nn.Linear(width, classes))
+
+    return build
+
+
+STACKED = {
+    "rnn": recurrent(nn.RNN),
+    "gru": recurrent(nn.GRU, bidirectional=True),
+    "lstm": recurrent(nn.LSTM),
+    "attention": Attention,
+    "batch norm": Normed,
+}
+
+
+@pytest.mark.parametrize("kind", STACKED)
+def test_layers_of_our_own_are_searched_as_on_the_cpu(digits, kind: str):
+    X, y = digits[0][:300], digits[1][:300]
+    on = {
+        device: search(
+            classifier(module=STACKED[kind], device=device, dtype="float64", max_epochs=10),
+            {"weight_decay": loguniform(1e-5, 1e1), "label_smoothing": uniform(0, 0.5)},
+        ).fit(X, y)
+        for device in ("cpu", "cuda")
+    }
+    assert_allclose(on["cuda"].history_["validation_loss"], on["cpu"].history_["validation_loss"], rtol=1e-3)
+    for results in zip(*(on[device].cv_results_["params"] for device in on), strict=True):
+        for name in results[0]:
+            assert results[1][name] == pytest.approx(results[0][name], rel=0.02)
+
+
+@pytest.mark.parametrize("kind", STACKED)
+@pytest.mark.filterwarnings("ignore:.*does not work under torch.func.vmap")
+def test_candidates_have_the_scores_of_their_own_fits(digits, used, kind: str):
+    """With noise, which is drawn on the GPU, for all of them at once."""
+    net = classifier(module=STACKED[kind], device="cuda", dtype="float64", max_epochs=6)
+    space = {"weight_decay": loguniform(1e-5, 1e-1), "module__dropout": uniform(0, 0.5), "input_noise": uniform(0, 1)}
+    found = search(net, space, scoring="neg_log_loss").fit(digits[0][:300], digits[1][:300])
+    assert used.count(True) == 3 * len(found.cv_results_["params"])
+    assert_scores_are_those_of_own_fits(found, digits[0][:300], digits[1][:300], rel=1e-6)
+
+
+def test_weights_of_classes_go_where_the_model_is(iris):
+    net = classifier(device="cuda", criterion=nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0])))
+    found = search(net, PENALTIES, scoring="neg_log_loss").fit(*iris)
+    assert_scores_are_those_of_own_fits(found, *iris, rel=1e-3)
+
+
+def test_several_labels(iris):
+    X, y = (rows[np.random.default_rng(0).permutation(len(rows))] for rows in iris)
+    Y = np.stack([y > 0, y > 1], axis=1).astype(int)
+    assert search(classifier(device="cuda"), PENALTIES | NOISES).fit(X, Y).best_score_ > 0.7
 
 
 def test_noise_drawn_on_the_gpu_is_reproducible_and_nobody_else_s(iris):
