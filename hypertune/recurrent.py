@@ -6,8 +6,9 @@ torch's documentation have it; by themselves they are torch's own.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -32,9 +33,7 @@ class TensorRecurrent(Drops, nn.RNNBase):
         drops = self.training and self.drops and self.num_layers > 1 and not is_zero(self.dropout)
         stacked = not self.fused or _are_stacked(input, hx, self.parameters())
         if isinstance(input, PackedSequence) or input.dim() != 3 or not (drops or stacked):
-            if drops:
-                return super().forward(input, hx)
-            with self._without_dropout():
+            with _in_pieces(), nullcontext() if drops else self._without_dropout():
                 return super().forward(input, hx)
         x = input.transpose(0, 1) if self.batch_first else input
         directions, cells = 1 + self.bidirectional, self.mode == "LSTM"
@@ -62,7 +61,8 @@ class TensorRecurrent(Drops, nn.RNNBase):
     def _as_torch(self, x: Tensor, state: State, weights: Sequence[Sequence[Tensor]]) -> tuple[Tensor, State]:
         flat = [w for own in weights for w in own]
         settings = (self.bias, 1, 0.0, self.training, self.bidirectional, False)
-        outputs, *end = _FUSED[self.mode](x, state if self.mode == "LSTM" else state[0], flat, *settings)
+        with _in_pieces():
+            outputs, *end = _FUSED[self.mode](x, state if self.mode == "LSTM" else state[0], flat, *settings)
         return outputs, tuple(end)
 
     def _step_by_step(self, x: Tensor, state: State, weights: Sequence[Sequence[Tensor]]) -> tuple[Tensor, State]:
@@ -121,6 +121,14 @@ RECURRENT: dict[type[nn.Module], type[nn.Module]] = {
     nn.RNN: TensorRNN, nn.LSTM: TensorLSTM, nn.GRU: TensorGRU,
     nn.RNNCell: StackedRNNCell, nn.LSTMCell: StackedLSTMCell, nn.GRUCell: StackedGRUCell,
 }  # fmt: skip
+
+
+@contextmanager
+def _in_pieces() -> Iterator[None]:
+    """Without cuDNN's warning that it puts the weights together at every call: ours are parts of a flat vector."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk of memory")
+        yield
 
 
 def _are_stacked(input: Any, hx: Any, parameters: Iterator[Tensor]) -> bool:
