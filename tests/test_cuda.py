@@ -253,7 +253,7 @@ def shift(x: torch.Tensor, generator: torch.Generator, scale: float = 0.1) -> to
     [
         ({"module": ConvNet}, {"weight_decay": per_layer(loguniform(1e-6, 1e-1)), "module__drop_0": uniform(0, 0.5), "module__drop_1": uniform(0, 0.7)}),
         ({"module": Opaque}, {"weight_decay": loguniform(1e-6, 1e-1), "module__dropout": uniform(0, 0.7)}),
-        ({"module": Recurrent, "max_epochs": 24}, {"weight_decay": loguniform(1e-6, 1e-1), "module__dropout": uniform(0, 0.7)}),
+        ({"module": Recurrent, "max_epochs": 40}, {"weight_decay": loguniform(1e-6, 1e-1), "module__dropout": uniform(0, 0.7)}),
         ({}, {"input_noise": per_feature(uniform(0, 1.0))}),
         ({"augment": shift}, {"augment__scale": uniform(0, 1.0)}),
     ],
