@@ -10,6 +10,7 @@ from sklearn.utils.parallel import Parallel, delayed
 from benchmarks.problems import ARENA
 from hypertune import HyperTrainingSearchCV
 from hypertune.retraining import retrain
+from hypertune.task import Task
 
 PROBLEMS = ("iris-3", "wine-6", "diabetes-5", "cancer-6", "digits200-6", "cancer-33")
 _SETTINGS = 40  # in each cell
@@ -18,11 +19,11 @@ _EDGES = (0.5, 1.0, 2.0, 3.0)
 
 
 class _Search(HyperTrainingSearchCV):
-    """Keeps what it was set up with, training rows included."""
+    """Keeps its task, training rows included."""
 
-    def _set_up(self):  # type: ignore[no-untyped-def]
-        self.setup = super()._set_up()
-        return self.setup
+    def _make_task(self) -> Task:
+        self.task = super()._make_task()
+        return self.task
 
 
 def measure_band(
@@ -63,14 +64,14 @@ def _cell(name: str, seed: int, coverage: float) -> np.ndarray:
         problem.estimator, problem.space, cv=problem.cv, scoring=problem.scoring, random_state=seed, refit=False
     ).fit(problem.X, problem.y)
     response = search.best_response_
-    space, folds, objective, *_ = search.setup
+    space, folds, *_ = search.task
     lam_hat = space.encode(response.params)
     lam = lam_hat.repeat(_SETTINGS, 1)
     names = rng.choice(list(space.blocks), _SETTINGS)
     for row, moved in zip(lam, names, strict=True):
         row[space.blocks[moved]] += rng.uniform(-_FURTHEST, _FURTHEST)
     lam = lam.clamp(space.low, space.high)
-    retrained = retrain(space, folds, objective, lam)
+    retrained = retrain(search.task, lam)
     assert retrained is not None
     losses, rows = retrained.validation_losses(folds).numpy(), []
     for one, moved, loss in zip(lam, names, losses, strict=True):

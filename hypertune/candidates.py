@@ -10,10 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hypertune.folds import Fold
-from hypertune.objective import Objective
 from hypertune.retraining import Retrained, retrain
-from hypertune.space import Space
+from hypertune.task import Task
 
 _NOTICEABLE = 0.01  # units of λ
 _SMALL = 60_000  # multiplications for a row by a setting's models on all folds: one more in the stack costs 3 to 10% of a search
@@ -30,9 +28,7 @@ def distinct(tuned: Tensor, start: Tensor | None, current: Tensor) -> list[Tenso
 
 
 def retrain_candidates(
-    space: Space,
-    folds: list[Fold],
-    objective: Objective,
+    task: Task,
     candidates: list[Tensor],
     *,
     more: bool = True,
@@ -55,6 +51,7 @@ def retrain_candidates(
     verified : tuple of Tensor of shape (C, n) and Tensor of shape (C,), or None
         λ of what was given, and the validation losses, mean over folds.
     """
+    space, folds, objective, *_ = task
     small = objective.cost * len(folds) <= _SMALL
     more = more and (small or objective.has_statistics)
     if watched and not more:
@@ -62,7 +59,7 @@ def retrain_candidates(
     stronger, tried = _STRONGER * space.log, list(candidates)
     if more and small:
         tried += _new([space.clip(tried[0] + stronger)], tried)
-    first = retrain(space, folds, objective, torch.stack(tried))
+    first = retrain(task, torch.stack(tried))
     if first is None:
         return candidates, [], None
     retrained, losses = [first], first.validation_losses(folds)
@@ -72,7 +69,7 @@ def retrain_candidates(
     elif more and losses[0] - losses.min() > _WORTHWHILE * losses[0].abs():
         further = [tried[0] + times * (best - tried[0]) for times in _ON_THE_LINE]
     if further := _new([space.clip(lam) for lam in further], tried):
-        second = retrain(space, folds, objective, torch.stack(further), seed=first.seed)
+        second = retrain(task, torch.stack(further), seed=first.seed)
         if second is not None:
             tried, retrained = [*tried, *further], [first, second]
             losses = torch.cat([losses, second.validation_losses(folds)])

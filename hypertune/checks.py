@@ -27,12 +27,13 @@ from hypertune.batches import Minibatches
 from hypertune.folds import Fold, last_step, prefix_of
 from hypertune.implicit import conjugate_gradients
 from hypertune.net import TorchEstimator
+from hypertune.problem import make_train_loss
 from hypertune.randomness import isolated
 from hypertune.retraining import retrain
-from hypertune.search import HyperTrainingSearchCV, Setup
+from hypertune.search import HyperTrainingSearchCV
 from hypertune.stacked import flat_weights
 from hypertune.starts import out_of_corners
-from hypertune.training import make_train_loss
+from hypertune.task import Task
 
 _MOST_DIRECTIONS = 20
 _NEWTON_STEPS = 50
@@ -111,7 +112,7 @@ def check_hypergradient(
         **{f"estimator__{prefix_of(probe.estimator)}dtype": "float64"},
         evaluate="hypernetwork", refit=False, hyper_lr=1e-12, grain_scale=None, error_score="raise",
     )  # fmt: skip
-    probe.oracle = _exact if reference == "exact" else lambda setup, own: _retrained(setup, own, step)
+    probe.oracle = _exact if reference == "exact" else lambda task, own: _retrained(task, own, step)
     probe.fit(X, y)
     return probe.check
 
@@ -119,33 +120,33 @@ def check_hypergradient(
 class _Probe(HyperTrainingSearchCV):
     """A search that hyper-trains with λ̂ held still, and asks an oracle."""
 
-    oracle: Callable[[Setup, Tensor], HypergradientCheck]
+    oracle: Callable[[Task, Tensor], HypergradientCheck]
     check: HypergradientCheck
 
     def _propose_candidates(self) -> list[dict[str, Any]]:
-        setup = self._set_up()
-        begin = out_of_corners(setup.space, setup.current)
-        response, _ = self._tuner(setup, begin)(setup.folds, grain_scale=None)
+        task = self._make_task()
+        begin = out_of_corners(task.space, task.current)
+        response, _ = self._tuner(begin)(task, grain_scale=None)
         assert response.hypergradient is not None
-        at = setup.space.encode(response.params)  # where λ̂ was held
-        self.check = self.oracle(setup._replace(current=at), response.hypergradient.double())
+        at = task.space.encode(response.params)  # where λ̂ was held
+        self.check = self.oracle(task._replace(current=at), response.hypergradient.double())
         self._known.append(response)
         return [response.params]
 
 
-def _exact(setup: Setup, own: Tensor) -> HypergradientCheck:
+def _exact(task: Task, own: Tensor) -> HypergradientCheck:
     """−∇_w L_Valid H⁻¹ ∂²L_Train/∂w∂λ at the optimum of each fold."""
-    slopes = [_exact_of_fold(setup, k, fold) for k, fold in enumerate(setup.folds)]
+    slopes = [_exact_of_fold(task, k, fold) for k, fold in enumerate(task.folds)]
     return HypergradientCheck(own, torch.stack(slopes).mean(dim=0))
 
 
-def _exact_of_fold(setup: Setup, k: int, fold: Fold) -> Tensor:
+def _exact_of_fold(task: Task, k: int, fold: Fold) -> Tensor:
     everything = Minibatches([fold.train], len(fold.train.x), seed=0)
     batch = next(everything)
-    train_loss = make_train_loss(setup.space, setup.objective, fold.net, everything)
-    with isolated(setup.seed, fold.net.device):
+    train_loss = make_train_loss(task.space, task.objective, fold.net, everything)
+    with isolated(task.seed, fold.net.device):
         w = flat_weights(fold.net._build_module())[None]
-    lam = setup.current.to(w)[None].requires_grad_()
+    lam = task.current.to(w)[None].requires_grad_()
 
     def gradient(w: Tensor) -> Tensor:
         loss = train_loss(w[:, None], lam, batch).sum()
@@ -169,22 +170,22 @@ def _exact_of_fold(setup: Setup, k: int, fold: Fold) -> Tensor:
             f"No optimum of the training loss was found: after {_NEWTON_STEPS} Newton steps its gradient is {size:.2g}. "
             'reference="exact" is for strongly convex losses without noise; use reference="retrain".'
         )
-    valid = setup.objective.valid_loss(w, next(Minibatches([fold.valid], len(fold.valid.x), seed=0)), fold=k).sum()
+    valid = task.objective.valid_loss(w, next(Minibatches([fold.valid], len(fold.valid.x), seed=0)), fold=k).sum()
     (b,) = torch.autograd.grad(valid, w)
     (mixed,) = torch.autograd.grad(g, lam, solve(g, w, b))
     return -mixed[0].detach().cpu().double()
 
 
-def _retrained(setup: Setup, own: Tensor, step: float) -> HypergradientCheck:
+def _retrained(task: Task, own: Tensor, step: float) -> HypergradientCheck:
     """Central differences of retrained models, along each coordinate or some random directions."""
-    n, (space, folds, objective, *_) = setup.space.n, setup
+    n, (space, folds, *_) = task.space.n, task
     if n <= _MOST_DIRECTIONS:
         directions = torch.eye(n, dtype=torch.float64)
     else:
         generator = torch.Generator().manual_seed(0)
         directions = torch.randn(_MOST_DIRECTIONS, n, generator=generator, dtype=torch.float64) / math.sqrt(n)
-    ends = space.clip(torch.stack([setup.current + sign * step * d for d in directions for sign in (1, -1)]))
-    retrained = retrain(space, folds, objective, ends)
+    ends = space.clip(torch.stack([task.current + sign * step * d for d in directions for sign in (1, -1)]))
+    retrained = retrain(task, ends)
     if retrained is None:
         raise ValueError(
             'reference="retrain" needs a TorchClassifier or TorchRegressor whose module can be stacked, and no weights of rows.'

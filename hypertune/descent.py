@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from hypertune.space import Space
 
@@ -33,6 +34,8 @@ class Descent(torch.optim.Adam):
         Standard deviation of a Gaussian prior on the values of a grain around their mean; None for no prior.
     n_valid : int
         Validation rows of all folds together: the prior is weighed against one loss for each.
+    decay : float, default=0
+        By which share of ``lr`` it falls with every step; it stays at zero.
 
     Attributes
     ----------
@@ -41,7 +44,15 @@ class Descent(torch.optim.Adam):
     """
 
     def __init__(
-        self, lam_hat: Tensor, space: Space, *, lr: float, eps: float, grain_scale: float | None, n_valid: int
+        self,
+        lam_hat: Tensor,
+        space: Space,
+        *,
+        lr: float,
+        eps: float,
+        grain_scale: float | None,
+        n_valid: int,
+        decay: float = 0.0,
     ):
         self.lam_hat = lam_hat
         self.nats_per_unit = torch.ones_like(lam_hat[0])
@@ -50,6 +61,7 @@ class Descent(torch.optim.Adam):
         self._shifts = lam_hat.new_zeros(len(self._grains))
         self._strength = 0.0 if grain_scale is None else 1 / (grain_scale**2 * n_valid)
         super().__init__([lam_hat, *([self._shifts] if self._grains else [])], lr=lr, betas=(0.9, 0.99), eps=eps)
+        self._schedule = LambdaLR(self, lambda t: max(0.0, 1 - decay * t))
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -72,3 +84,4 @@ class Descent(torch.optim.Adam):
                 self.lam_hat[block] += mean + shift - self.lam_hat[block].mean()
         self._shifts.zero_()
         self.lam_hat.grad = hypergradient
+        self._schedule.step()

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LRScheduler
 
 from hypertune.algorithms import (
     Adjoint,
@@ -76,11 +75,6 @@ class Recipe:
     def name(self) -> str:
         """As a search names it."""
         return self.algorithm if isinstance(self.algorithm, str) else type(self.algorithm).__name__.lower()
-
-    @property
-    def newton(self) -> bool:
-        """Whether the weights are trained by Newton steps."""
-        return isinstance(self.algorithm, Implicit) and self.algorithm.inner == "newton"
 
     def every(self, response_optimizer: str) -> int:
         """Training steps for one of λ̂."""
@@ -163,16 +157,16 @@ def _check(chosen: Description, asked: Any, space: Space, differentiable: Tensor
         )
 
 
-def phi_optimizer(net: Net, phi: Hypernetwork, kind: str, steps: int) -> tuple[ResponseOptimizer, list[LRScheduler]]:
-    """Line 4 by the estimator's own optimizer and learning rate, and the schedules to step with it."""
+def phi_optimizer(net: Net, phi: Hypernetwork, kind: str, steps: int) -> ResponseOptimizer:
+    """Line 4 by the estimator's own optimizer and learning-rate schedule."""
     if kind == "plain":
         optimizer, schedule = net._make_optimizer(list(phi.parameters()), steps)
-        return PlainOptimizer(phi, optimizer), [schedule]
+        return PlainOptimizer(phi, optimizer, [schedule])
     weights, schedule = net._make_optimizer([phi.w0], steps)
     if not (basis := list(phi.basis.parameters())):
-        return TangentOptimizer(phi, weights), [schedule]
+        return TangentOptimizer(phi, weights, schedules=[schedule])
     basis_optimizer, basis_schedule = net._make_optimizer(basis, steps)
-    return TangentOptimizer(phi, weights, basis_optimizer), [schedule, basis_schedule]
+    return TangentOptimizer(phi, weights, basis_optimizer, [schedule, basis_schedule])
 
 
 def stream(

@@ -5,8 +5,11 @@ The response is trained as the weights are, with their preconditioner, which tor
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from hypertune.hypernetworks import Hypernetwork
 
@@ -23,9 +26,12 @@ class PlainOptimizer:
         Holds all parameters of the hypernetwork.
     """
 
-    def __init__(self, hypernetwork: Hypernetwork, weight_optimizer: torch.optim.Optimizer):
+    def __init__(
+        self, hypernetwork: Hypernetwork, weight_optimizer: torch.optim.Optimizer, schedules: Sequence[LRScheduler] = ()
+    ):
         self.hypernetwork = hypernetwork
         self.weight_optimizer = weight_optimizer
+        self.schedules = schedules
 
     def step(self, features: Tensor, G: Tensor) -> None:
         """See :class:`ResponseOptimizer`. The loss is the mean over the m samples."""
@@ -35,6 +41,7 @@ class PlainOptimizer:
             linear.V.grad = linear.gradient(features.detach(), G) / m
         _backward_basis(self.hypernetwork, features, G / m)
         self.weight_optimizer.step()
+        _advance(self.schedules)
 
     def step_at_center(self, G: Tensor) -> None:
         """See :class:`ResponseOptimizer`."""
@@ -43,6 +50,7 @@ class PlainOptimizer:
             if parameter is not self.hypernetwork.w0:
                 parameter.grad = None
         self.weight_optimizer.step()
+        _advance(self.schedules)
 
 
 class TangentOptimizer:
@@ -73,8 +81,10 @@ class TangentOptimizer:
         hypernetwork: Hypernetwork,
         weight_optimizer: torch.optim.Optimizer,
         basis_optimizer: torch.optim.Optimizer | None = None,
+        schedules: Sequence[LRScheduler] = (),
     ):
         self.hypernetwork = hypernetwork
+        self.schedules = schedules
         self.weight_optimizer = weight_optimizer
         self.basis_optimizer = basis_optimizer
         self._powers: dict[int, Tensor] = {}
@@ -82,7 +92,7 @@ class TangentOptimizer:
     def step(self, features: Tensor, G: Tensor) -> None:
         """See :class:`ResponseOptimizer`."""
         hypernetwork = self.hypernetwork
-        self.step_at_center(G.mean(dim=1))
+        self._move_w0(G.mean(dim=1))
         with torch.no_grad():
             centred = features - features.mean(dim=1, keepdim=True) if features.shape[1] > 1 else features
             step = G if self.basis_optimizer is None else G.clone()
@@ -100,12 +110,22 @@ class TangentOptimizer:
         if self.basis_optimizer is not None:
             _backward_basis(hypernetwork, features, G / features.shape[1])
             self.basis_optimizer.step()
+        _advance(self.schedules)
 
     def step_at_center(self, G: Tensor) -> None:
         """See :class:`ResponseOptimizer`."""
+        self._move_w0(G)
+        _advance(self.schedules)
+
+    def _move_w0(self, G: Tensor) -> None:
         self.hypernetwork.w0.grad = G
         self.weight_optimizer.step()
         self.hypernetwork.w0.grad = None  # lets go of a copy of the weights
+
+
+def _advance(schedules: Sequence[LRScheduler]) -> None:
+    for schedule in schedules:
+        schedule.step()
 
 
 def preconditioner(w0: nn.Parameter, optimizer: torch.optim.Optimizer) -> Tensor | None:

@@ -23,9 +23,10 @@ from hypertune.folds import Fold
 from hypertune.functions import numbers_in
 from hypertune.net import TorchEstimator, plain_settings
 from hypertune.objective import Objective
+from hypertune.problem import make_values
 from hypertune.randomness import draw_seed, isolated, rng_state, seed_torch, set_rng_state
 from hypertune.space import Space
-from hypertune.training import make_values
+from hypertune.task import Task
 
 _MOST_WEIGHTS = 2**27  # of all models together
 _ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-6}
@@ -101,9 +102,7 @@ class Retrained:
 
 
 def retrain(
-    space: Space,
-    folds: list[Fold],
-    objective: Objective,
+    task: Task,
     lam: Tensor,
     *,
     epochs: int | None = None,
@@ -114,8 +113,8 @@ def retrain(
 
     With ``unstacked`` such models are trained too, as an objective runs them: one after the other, and all in memory.
     """
-    net = folds[0].net
-    K, C = len(folds), len(lam)
+    space, folds, objective, *_ = task
+    net, K, C = folds[0].net, len(folds), len(lam)
     if (
         not isinstance(net, TorchEstimator)
         or not (objective.stacked or unstacked)
@@ -133,7 +132,7 @@ def retrain(
         alike.setdefault((stream.batch_size, stream.steps_per_epoch), []).append(k)
     parts = []
     for group in alike.values():
-        trained = _train(space, [folds[k] for k in group], objective, lam, epochs, seed)
+        trained = _train(task._replace(folds=[folds[k] for k in group]), lam, epochs, seed)
         if trained is None:
             return None
         parts.append(trained)
@@ -165,14 +164,13 @@ class _Trained(NamedTuple):
     remembered: dict[tuple[str, str], Any]
 
 
-def _train(
-    space: Space, folds: list[Fold], objective: Objective, lam: Tensor, epochs: int, seed: int
-) -> _Trained | None:
+def _train(task: Task, lam: Tensor, epochs: int, seed: int) -> _Trained | None:
     """On folds with as many minibatches.
 
     None under an optimizer that sees all weights, and where some fit of its own would not begin as the stack does: with frozen weights
     drawn at random, with a module or a penalty that draws random numbers for every model, ...
     """
+    space, folds, objective, *_ = task
     net, K, C = folds[0].net, len(folds), len(lam)
     objective = objective.with_statistics_of(K, C)
     stream = Minibatches([fold.train for fold in folds], net.batch_size, seed=seed)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from numbers import Integral, Real
-from typing import Any, ClassVar, NamedTuple, Self, get_args
+from typing import Any, ClassVar, Self, get_args
 
 import numpy as np
 from sklearn.base import clone, is_classifier
@@ -32,24 +32,14 @@ from hypertune.hypergradients import Description
 from hypertune.hypernetworks import HYPERNETWORKS, Builder
 from hypertune.hyperprior import choose_scale
 from hypertune.net import Known, TorchEstimator, gradients
-from hypertune.objective import Objective
 from hypertune.randomness import draw_seed
 from hypertune.recipes import NAMES
 from hypertune.response import BestResponse
 from hypertune.space import Space
 from hypertune.starts import out_of_corners, restarts, screen
-from hypertune.training import hyper_train, stack
+from hypertune.task import Task, stack
+from hypertune.training import hyper_train
 from hypertune.tunable import check_names, check_settings, with_rows
-
-
-class Setup(NamedTuple):
-    """What a search trains: all folds in one objective, and the estimator's own λ (n,)."""
-
-    space: Space
-    folds: list[Fold]
-    objective: Objective
-    current: Tensor
-    seed: int
 
 
 class HyperTrainingSearchCV(BaseSearchCV):
@@ -388,22 +378,26 @@ class HyperTrainingSearchCV(BaseSearchCV):
 
     def _propose_candidates(self) -> list[dict[str, Any]]:
         """Hyper-train, and return the settings to verify. A subclass may put any other proposal in its place."""
-        space, folds, objective, current, _ = setup = self._set_up()
+        space, folds, _, current, _ = task = self._make_task()
         start = None
         if self.evaluate == "retrain" and self.start == "screened" and self.algorithm != "global":
-            start = screen(space, folds, objective, current)
+            start = screen(task)
         begin = out_of_corners(space, current if start is None else start)
-        tune, grain_scale = self._tuner(setup, begin), self.grain_scale
+        tune, grain_scale = self._tuner(begin), self.grain_scale
         if isinstance(grain_scale, str):
             held = space.mask(lambda h: h.size > 1 and h.grain != "row").any()
-            grain_scale = choose_scale(lambda some, scale: tune(some, grain_scale=scale)[0], folds) if held else None
+
+            def of_folds(some: list[Fold], scale: float) -> BestResponse:
+                return tune(task._replace(folds=some), grain_scale=scale)[0]
+
+            grain_scale = choose_scale(of_folds, folds) if held else None
         with self._hyper_training_task(self._epochs()) as end_epoch:
-            response, history = tune(folds, grain_scale=grain_scale, end_epoch=end_epoch)
+            response, history = tune(task, grain_scale=grain_scale, end_epoch=end_epoch)
         stopped = history["epoch"][-1] < self._epochs()
         for again in restarts(space, begin):
             if self.start != "screened" or self.evaluate != "retrain" or stopped or not response.is_constant():
                 break
-            response, history = tune(folds, start=again, grain_scale=grain_scale)
+            response, history = tune(task, start=again, grain_scale=grain_scale)
         self.history_ = history | {"grain_scale": grain_scale}
         if self.evaluate == "hypernetwork":
             self.best_response_ = response
@@ -412,13 +406,13 @@ class HyperTrainingSearchCV(BaseSearchCV):
         tuned = space.encode(response.params)
         candidates = distinct(tuned, start, current)
         candidates, retrained, verified = retrain_candidates(
-            space, folds, objective, candidates, more=self.start == "screened", watched=self._is_watched()
+            task, candidates, more=self.start == "screened", watched=self._is_watched()
         )
         self.best_response_ = replace(response, verified=verified)
         self._known += retrained
         return [space.decode(lam) for lam in candidates]
 
-    def _set_up(self) -> Setup:
+    def _make_task(self) -> Task:
         """What is to be trained; refuses what cannot be."""
         net, prefix = net_of(self.estimator), prefix_of(self.estimator)
         space = with_rows(net, Space.from_distributions(self.param_distributions, prefix))
@@ -429,17 +423,15 @@ class HyperTrainingSearchCV(BaseSearchCV):
         seed, folds = draw_seed(self.random_state), self._folds(grains)
         space, objective = stack(space, folds, _num_samples(self._inputs[0]), seed)
         current = space.encode({name: settings[name] for name in space.names})  # moved into the declared bounds
-        return Setup(space, folds, objective, current, seed)
+        return Task(space, folds, objective, current, seed)
 
     def _epochs(self) -> int:
         return int(net_of(self.estimator).max_epochs if self.max_epochs is None else self.max_epochs)
 
-    def _tuner(self, setup: Setup, start: Tensor) -> Callable[..., tuple[BestResponse, dict[str, Any]]]:
-        """A hyper-training of some folds, with the search's own parameters."""
+    def _tuner(self, start: Tensor) -> Callable[..., tuple[BestResponse, dict[str, Any]]]:
+        """A hyper-training of a task, with the search's own parameters."""
         return partial(
             hyper_train,
-            setup.space,
-            objective=setup.objective,
             start=start,
             algorithm=self.algorithm,
             hypernetwork=HYPERNETWORKS[self.hypernetwork] if isinstance(self.hypernetwork, str) else self.hypernetwork,
@@ -453,7 +445,6 @@ class HyperTrainingSearchCV(BaseSearchCV):
             hyper_eps=self.hyper_eps,
             warmup=self.warmup,
             averaging=self.averaging,
-            seed=setup.seed,
             progress=self.verbose > 0,
         )
 

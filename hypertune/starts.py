@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from hypertune.batches import Minibatches
-from hypertune.folds import Fold
 from hypertune.hyperprior import vertex
-from hypertune.objective import Objective
 from hypertune.retraining import Retrained, retrain
 from hypertune.space import Space
+from hypertune.task import Task
 
 _SCREENED = 600_000  # multiplications for a row by all models: beyond it each costs what it would alone
 _LINE = (0.4, 0.5, 0.6, 0.7)  # quantiles
@@ -30,7 +29,7 @@ _ROUNDING = 1e-9  # units of λ: a bound's logarithm may round to the wrong side
 _THIRD = 1 / 3  # of the way up a distribution: out of the flat part
 
 
-def screen(space: Space, folds: list[Fold], objective: Objective, current: Tensor) -> Tensor | None:
+def screen(task: Task) -> Tensor | None:
     """Where λ̂ should start (n,): the best of a handful of settings from weak to strong regularisation.
 
     None where stacking does not pay; but with BatchNorm and a logarithmic hyperparameter ``current`` and the line are trained on one fold then.
@@ -41,7 +40,7 @@ def screen(space: Space, folds: list[Fold], objective: Objective, current: Tenso
     others is good may not be. But what overfits late looks good so early: where ``current`` is best, the strongest of the line that
     is nearly as good is taken. If the best is inside the line, λ̂ starts at the vertex of the parabola through it and its neighbours.
     """
-    log = space.log
+    (space, folds, objective, current, _), log = task, task.space.log
     line = space.quantile(np.array(_LINE)[:, None].repeat(space.n, axis=1)) if log.any() else current.repeat(0, 1)
     quarter = space.quantile(np.full((1, space.n), 0.25))
     as_they_are = torch.where(log, line, current)
@@ -59,7 +58,7 @@ def screen(space: Space, folds: list[Fold], objective: Objective, current: Tenso
     screened: list[Retrained] = []
     for some in [settings] if objective.stacked else settings.split(1):
         seed = screened[0].seed if screened else None
-        trained = retrain(space, folds, objective, some, epochs=epochs, seed=seed, unstacked=True)
+        trained = retrain(task._replace(folds=folds), some, epochs=epochs, seed=seed, unstacked=True)
         if trained is None:
             return None
         screened.append(trained)

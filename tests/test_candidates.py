@@ -34,12 +34,12 @@ def verified(iris, monkeypatch):
 
     def run(loss, high=10.0, net=NET, space=None, lams=(TUNED, START, OWN), **params):
         space = {"weight_decay": loguniform(1e-6, 1e1)} if space is None else space
-        setup = Keeping(clone(net).set_params(max_epochs=1), space, cv=3, random_state=0).fit(*iris).setup
-        narrow = tuple(replace(h, high=min(high, h.high)) for h in setup.space.hyperparameters)
-        setup = setup._replace(space=replace(setup.space, hyperparameters=narrow))
+        task = Keeping(clone(net).set_params(max_epochs=1), space, cv=3, random_state=0).fit(*iris).task
+        narrow = tuple(replace(h, high=min(high, h.high)) for h in task.space.hyperparameters)
+        task = task._replace(space=replace(task.space, hyperparameters=narrow))
         with monkeypatch.context() as patch:
             patch.setattr(Retrained, "validation_losses", lambda self, folds: loss(self.lam).double())
-            candidates, retrained, known = retrain_candidates(*setup[:3], distinct(*lams), **params)
+            candidates, retrained, known = retrain_candidates(task, distinct(*lams), **params)
         if known is not None:
             assert_allclose(known[1], loss(known[0]))
         return torch.stack(candidates).squeeze(1).tolist(), [len(r.lam) for r in retrained], known
@@ -153,10 +153,10 @@ def test_who_watches_gets_the_same_candidates_and_fits_them_all(verified):
 def test_both_passes_begin_with_the_same_weights_and_minibatches(iris, monkeypatch):
     """Under an estimator without a seed, too."""
     net = clone(NET).set_params(max_epochs=1, random_state=None)
-    setup = Keeping(net, {"weight_decay": loguniform(1e-6, 1e1)}, cv=3, random_state=0).fit(*iris).setup
-    one, other = (retrain(*setup[:3], OWN[None]) for _ in range(2))
+    task = Keeping(net, {"weight_decay": loguniform(1e-6, 1e1)}, cv=3, random_state=0).fit(*iris).task
+    one, other = (retrain(task, OWN[None]) for _ in range(2))
     assert not np.array_equal(one.weights, other.weights)
-    assert np.array_equal(one.weights, retrain(*setup[:3], OWN[None], seed=one.seed).weights)
+    assert np.array_equal(one.weights, retrain(task, OWN[None], seed=one.seed).weights)
     monkeypatch.setattr(Retrained, "validation_losses", lambda self, folds: away(-5.0)(self.lam))
-    first, second = retrain_candidates(*setup[:3], distinct(TUNED, START, OWN))[1]
+    first, second = retrain_candidates(task, distinct(TUNED, START, OWN))[1]
     assert first.seed == second.seed

@@ -84,7 +84,8 @@ def test_every_hypernetwork_takes_a_mixture_of_grains(iris, hypernetwork):
 def test_the_tuned_loss_is_the_loss_that_the_estimator_trains(iris, grain):
     """The training loss at λ in the hyper-training, against the estimator's own at ``decode(λ)``, row for row."""
     from hypertune.batches import Minibatches
-    from hypertune.training import _problem, stack
+    from hypertune.problem import make_problem
+    from hypertune.task import stack
 
     tuned = search(NET, {"weight_decay": GRAINS[grain](PRIOR), "l1": GRAINS[grain](PRIOR)})
     tuned.fit(*iris)
@@ -94,7 +95,7 @@ def test_the_tuned_loss_is_the_loss_that_the_estimator_trains(iris, grain):
     rows = net._encode(X, y)
     folds = [type(folds[0])(net, None, rows, rows)]
     _, objective = stack(space, folds, len(X), 0)
-    problem = _problem(space, objective, folds, Minibatches([rows], 64, seed=0), [0], objective.initial_weights())
+    problem = make_problem(space, objective, folds, Minibatches([rows], 64, seed=0), [0], objective.initial_weights())
     lam = space.sample(3, np.random.default_rng(0))
     batch = Batch(rows.x[None], rows.y[None])
     w = torch.randn(1, 3, objective.D) * 0.1

@@ -12,7 +12,7 @@ from scipy.stats import loguniform
 from sklearn.datasets import make_regression
 from sklearn.model_selection import PredefinedSplit
 
-from hypertune import MLP, HyperTrainingSearchCV, TorchRegressor, per_feature, per_weight, training
+from hypertune import MLP, HyperTrainingSearchCV, TorchRegressor, per_feature, per_weight, trace, training
 from hypertune.batches import Rows
 from hypertune.folds import Fold
 from hypertune.hyperprior import SCALES, choose_scale, vertex
@@ -105,7 +105,7 @@ def test_of_very_many_values_a_draw_is_recorded(iris, monkeypatch):
     )  # fmt: skip
     all_of_them = search.fit(*iris).history_["weight_decay"]
     assert all_of_them.shape[1] == 1_500
-    monkeypatch.setattr(training, "_RECORDED_VALUES", 1_500 * len(all_of_them) - 1)
+    monkeypatch.setattr(trace, "_RECORDED_VALUES", 1_500 * len(all_of_them) - 1)
     some = search.fit(*iris).history_["weight_decay"]
     assert some.shape == (len(all_of_them), 1_000)
     assert set(map(tuple, some.T)) <= set(map(tuple, all_of_them.T))

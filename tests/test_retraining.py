@@ -23,7 +23,7 @@ from hypertune.objective import Objective
 from hypertune.recipes import choose
 from hypertune.retraining import retrain
 from hypertune.space import Space
-from hypertune.training import stack
+from hypertune.task import Task, stack
 from tests.searches import assert_scores_are_those_of_own_fits
 
 SPACE = {"weight_decay": per_unit(loguniform(1e-6, 1e0)), "module__dropout": uniform(0, 0.5)}
@@ -37,9 +37,9 @@ def search(net=NET, space=SPACE, **params) -> HyperTrainingSearchCV:
 
 
 class Keeping(HyperTrainingSearchCV):
-    def _set_up(self):
-        self.setup = super()._set_up()
-        return self.setup
+    def _make_task(self):
+        self.task = super()._make_task()
+        return self.task
 
 
 def test_scores_and_losses_are_those_of_single_fits(iris, used):
@@ -71,11 +71,12 @@ def test_what_is_switched_off_draws_no_noise_of_others(iris, module, more):
     X, y = iris
     net = clone(NET).set_params(module=module, input_noise=0.0, dtype="float64")
     space = {"input_noise": uniform(0, 1), "mixup": uniform(0, 1), **more}
-    space, folds, objective, *_ = Keeping(net, space, cv=3, evaluate="hypernetwork").fit(X, y).setup
+    task = Keeping(net, space, cv=3, evaluate="hypernetwork").fit(X, y).task
+    space = task.space
     settings = [dict.fromkeys(space.names, 0.0) | {name: 0.5} for name in space.names] + [
         dict.fromkeys(space.names, 0.0)
     ]
-    curves = retrain(space, folds, objective, torch.stack([space.encode(one) for one in settings])).curves
+    curves = retrain(task, torch.stack([space.encode(one) for one in settings])).curves
     for c, setting in enumerate(settings):
         for k, (train, _) in enumerate(StratifiedKFold(3).split(X, y)):
             alone = clone(net).set_params(**setting).fit(X[train], y[train])
@@ -117,7 +118,7 @@ def test_a_diverging_candidate_is_left_to_its_own_fit(iris):
     space = Space.from_distributions({"weight_decay": loguniform(1e-6, 1e30)})
     space, objective = stack(space, [Fold(net, None, rows, rows)], len(X), 0)
     lam = torch.stack([space.encode({"weight_decay": strength}) for strength in (1e-3, 1e20)])
-    known = retrain(space, [Fold(net, None, rows, rows)], objective, lam)
+    known = retrain(Task(space, [Fold(net, None, rows, rows)], objective, lam[0], 0), lam)
     good, bad, other = (clone(net).set_params(weight_decay=strength) for strength in (1e-3, 1e20, 1e-2))
     assert [known.fit_known(one, one._encode(X, y)) for one in (good, bad, other)] == [True, False, False]
     alone = clone(good).fit(X, y)
@@ -174,7 +175,7 @@ def test_folds_of_other_sizes_are_screened_and_retrained_as_single_fits_would_be
     net = clone(NET).set_params(batch_size=1024, lr=0.05, dtype="float64", max_epochs=30)
     space = {"weight_decay": loguniform(1e-6, 1e1)}
     found = Keeping(net, space, cv=splits, scoring="neg_log_loss", random_state=0).fit(X, y)
-    curves = retrain(*found.setup[:3], found.setup.current[None]).curves[:, 0]
+    curves = retrain(found.task, found.task.current[None]).curves[:, 0]
     assert len(found.cv_results_["params"]) >= 4
     assert used.count(True) == 3 * len(found.cv_results_["params"])
     for row, params in enumerate(found.cv_results_["params"]):
@@ -228,14 +229,14 @@ def test_what_cannot_be_stacked_is_trained_one_after_the_other_if_asked_for(iris
     splits = [list(StratifiedKFold(3).split(X, y))[k] for k in (1, 0, 2)]
     net = clone(NET).set_params(module=NormedBranching, dtype="float64", max_epochs=5, batch_size=1024)  # unequal folds
     space = {"weight_decay": loguniform(1e-6, 1e1), "module__dropout": uniform(0, 0.5)}
-    setup = Keeping(net, space, cv=splits, random_state=0).fit(X, y).setup
-    assert not setup.objective.stacked
+    task = Keeping(net, space, cv=splits, random_state=0).fit(X, y).task
+    assert not task.objective.stacked
     used.clear()
-    lam = torch.stack([setup.current, setup.space.quantile(np.full((1, 2), 0.6))[0]])
-    assert retrain(*setup[:3], lam) is None
-    found = retrain(*setup[:3], lam, unstacked=True).validation_losses(setup.folds)
+    lam = torch.stack([task.current, task.space.quantile(np.full((1, 2), 0.6))[0]])
+    assert retrain(task, lam) is None
+    found = retrain(task, lam, unstacked=True).validation_losses(task.folds)
     for one, loss in zip(lam, found, strict=True):
-        alone = clone(net).set_params(**setup.space.decode(one))
+        alone = clone(net).set_params(**task.space.decode(one))
         scores = cross_val_score(alone, X, y, cv=splits, scoring="neg_log_loss")
         assert loss == pytest.approx(-scores.mean(), rel=1e-6)
     assert not any(used)
@@ -322,8 +323,8 @@ def test_a_search_that_chooses_the_scale_starts_each_time_where_it_said(iris, mo
     monitored = {}
     tuner = HyperTrainingSearchCV._tuner
 
-    def noted(self, setup, start):
-        tune = tuner(self, setup, start)
+    def noted(self, start):
+        tune = tuner(self, start)
         monitored["start"] = tune.keywords["start"]
         return tune
 

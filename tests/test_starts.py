@@ -18,7 +18,8 @@ from hypertune.folds import Fold
 from hypertune.retraining import Retrained, retrain
 from hypertune.space import Space
 from hypertune.starts import out_of_corners, restarts, screen
-from hypertune.training import hyper_train, stack
+from hypertune.task import Task, stack
+from hypertune.training import hyper_train
 from tests.test_retraining import NET, search
 
 
@@ -54,7 +55,7 @@ def test_the_start_is_between_the_screened_settings_where_a_parabola_through_the
         return (0.3 * (self.lam[:, 0] - np.log(5e-3)) ** 2).exp()
 
     monkeypatch.setattr(Retrained, "validation_losses", losses)
-    start = screen(space, folds, objective, current)
+    start = screen(Task(space, folds, objective, current, 0))
     assert space.decode(start)["weight_decay"] == pytest.approx(5e-3, rel=1e-4)
 
     def diverged(self, folds):
@@ -65,7 +66,7 @@ def test_the_start_is_between_the_screened_settings_where_a_parabola_through_the
         Retrained, "validation_losses", diverged
     )  # the better of its neighbours: then it is the best itself
     on_the_line = loguniform(1e-6, 1e1).ppf([0.4, 0.5, 0.6, 0.7])
-    found = space.decode(screen(space, folds, objective, current))["weight_decay"]
+    found = space.decode(screen(Task(space, folds, objective, current, 0)))["weight_decay"]
     assert np.isclose(found, on_the_line, rtol=1e-6).any()
 
 
@@ -86,9 +87,9 @@ def test_what_overfits_late_is_not_started_from_because_it_looks_good_early(iris
     monkeypatch.setattr(Retrained, "validation_losses", lambda self, folds: torch.tensor(losses))
     screened = []
     monkeypatch.setattr(
-        "hypertune.starts.retrain", lambda *args, **kwargs: screened.append(args[3]) or retrain(*args, **kwargs)
+        "hypertune.starts.retrain", lambda *args, **kwargs: screened.append(args[1]) or retrain(*args, **kwargs)
     )
-    start = screen(space, folds, objective, space.encode({"weight_decay": 1e-6, "input_noise": 0.1}))
+    start = screen(Task(space, folds, objective, space.encode({"weight_decay": 1e-6, "input_noise": 0.1}), 0))
     assert torch.equal(start, screened[0][chosen])
 
 
@@ -139,7 +140,7 @@ def test_with_batchnorm_a_line_is_screened_on_one_fold_at_any_size(iris, monkeyp
     screened = []
     monkeypatch.setattr(
         "hypertune.starts.retrain",
-        lambda *args, **more: screened.append((args[1], args[3], more["seed"])) or retrain(*args, **more),
+        lambda *args, **more: screened.append((args[0].folds, args[1], more["seed"])) or retrain(*args, **more),
     )
     space = {"weight_decay": loguniform(1e-6, 1e1), "module__dropout": uniform(0, 0.8)}
     net = clone(NET).set_params(module=module, max_epochs=1)

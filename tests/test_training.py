@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import loguniform
 from sklearn.model_selection import ShuffleSplit
 
-from hypertune import MLP, HyperTrainingSearchCV, TorchClassifier, training
+from hypertune import MLP, HyperTrainingSearchCV, TorchClassifier, problem, trace, training
 
 
 @pytest.mark.parametrize(
@@ -16,11 +16,13 @@ from hypertune import MLP, HyperTrainingSearchCV, TorchClassifier, training
 def test_where_each_row_costs_fewer_validate_a_step(monkeypatch, costly, batch_size, seen, recorded):
     """But not fewer than train one."""
     sizes, rows = [], []
-    own, losses = training.Minibatches, training.validation_losses
-    monkeypatch.setattr(training, "_COSTLY", costly)
-    monkeypatch.setattr(training, "Minibatches", lambda f, size, seed: sizes.append(size) or own(f, size, seed=seed))
+    own, losses = training.Minibatches, trace.validation_losses
+    for room in (training, problem, trace):
+        monkeypatch.setattr(room, "COSTLY", costly)
+    for room in (training, problem):
+        monkeypatch.setattr(room, "Minibatches", lambda f, size, seed: sizes.append(size) or own(f, size, seed=seed))
     monkeypatch.setattr(
-        training,
+        trace,
         "validation_losses",
         lambda phi, objective, folds, lam: rows.append(len(folds[0].valid.x)) or losses(phi, objective, folds, lam),
     )

@@ -1,0 +1,66 @@
+"""What a search trains: every fold in one objective, over one space. Refuses what cannot be trained."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from hypertune.folds import Fold
+from hypertune.objective import NO_NOISE, Objective
+from hypertune.randomness import isolated
+from hypertune.space import OUTER, Space
+from hypertune.tunable import arrangements, check_reach, find_reaches
+
+_LOOKED_AT = 16  # rows, to see what a keyword does
+
+
+class Task(NamedTuple):
+    """What a search trains: all folds in one objective, and the estimator's own λ (n,)."""
+
+    space: Space
+    folds: list[Fold]
+    objective: Objective
+    current: Tensor
+    seed: int
+
+
+def stack(space: Space, folds: list[Fold], n_rows: int, seed: int) -> tuple[Space, Objective]:
+    """All folds in one objective, which has no weights of its own. Refuses what cannot be trained.
+
+    ``n_rows`` is the length of the whole data, for hyperparameters of single rows.
+
+    Returns
+    -------
+    space : Space
+        With the arrangement of every hyperparameter that has a grain.
+    objective : Objective
+
+    Raises
+    ------
+    ValueError
+        If a hyperparameter reaches nothing in the model, or is part of the prediction.
+    """
+    net = folds[0].net
+    with isolated(seed, net.device):
+        module = net._build_module()  # if it cannot be built as it is, that is not the hyperparameters' fault
+        reaches = find_reaches(net, space)
+        objective = net._make_objective(module, reach=reaches, folds=len(folds))
+        x = folds[0].train.x[:2]  # of the validation rows there may be one
+        net._check_outputs(objective, x)
+        settings = net.get_params()
+        for h in space.hyperparameters:
+            own = h.own
+            if own in reaches and objective.reads_in_eval_mode(x, own, h.prior.ppf([0.01, 0.99])):
+                raise ValueError(
+                    f"param_distributions[{h.name!r}]: the module reads it in eval mode, too. The gradient is that of a validation loss "
+                    f"which depends on it through the weights alone, as on a dropout rate. Set it on the estimator, or give it to {OUTER}."
+                )
+            if own in reaches:
+                check_reach(net, objective, folds[0].train.x[:_LOOKED_AT], h.name, own, h.prior.ppf([0.25, 0.75]), seed)
+        objective.examine(x, {own: settings[own] for own in reaches})
+        names = {h.name for h in space.hyperparameters if h.own in ("input_noise", "mixup")}
+        if names and not objective.feels_noise:
+            raise ValueError(f"param_distributions[{min(names)!r}]: it {NO_NOISE}")
+    objective.forget_weights()
+    return space.resolve(arrangements(net, objective, space, x, n_rows)), objective
