@@ -83,6 +83,11 @@ def _new(settings: list[Tensor], known: list[Tensor]) -> list[Tensor]:
     """Those of ``settings`` that differ noticeably from all of ``known`` and from one another."""
     kept: list[Tensor] = []
     for lam in settings:
-        if all((lam - other).abs().max() > _NOTICEABLE for other in [*known, *kept]):
+        if all(_distance(lam, other) > _NOTICEABLE for other in [*known, *kept]):
             kept.append(lam)
     return kept
+
+
+def _distance(lam: Tensor, other: Tensor) -> float:
+    """The largest difference of a coordinate; those that are infinite alike (the logarithm of 0) do not differ."""
+    return float(torch.where(lam == other, 0.0, lam - other).abs().max())

@@ -204,7 +204,7 @@ def build(factory: Any, n_features_in: Any, n_outputs: int) -> nn.Module:
     except (RuntimeError, TypeError, NotImplementedError) as error:
         raise ValueError(
             f"{who} returned a module that cannot be copied ({error}). Of torch's weight_norm and spectral_norm those in "
-            "torch.nn.utils.parametrizations can."
+            "torch.nn.utils.parametrizations can, and a pruned module after torch.nn.utils.prune.remove."
         ) from error
 
 

@@ -7,7 +7,6 @@ torch.Size([2])
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hypertune.dropout import Value, is_zero
-from hypertune.functions import check_call
+from hypertune.functions import check_call, own_copy
 
 Loss = Callable[[Tensor, Tensor, Value], Tensor]
 
@@ -107,6 +106,7 @@ def nats_per_unit(loss: Loss, value: Tensor, outputs: int) -> Tensor:
     mean square, d · log of the mean absolute value; their slopes), and deviances are quasi-likelihoods of their most likely dispersion;
     a mean over labels is in nats for each of them, and any other loss is taken to be in nats.
     """
+    value = value.clamp(min=torch.finfo(value.dtype).eps)  # a perfect prediction, or a deviance below zero by rounding
     if loss in (squared_error, one_hot_squared_error, labels_squared_error, poisson_deviance, gamma_deviance):
         return outputs / (2 * value)
     if loss is binary_cross_entropy:
@@ -161,7 +161,8 @@ class CustomLoss:
 def as_loss(criterion: Any, losses: Mapping[str, Loss], like: Tensor) -> Loss:
     """The per-row loss for ``criterion=``: a name out of ``losses``, a callable, or a class such as ``nn.HuberLoss``.
 
-    Of one of torch's modules it is a copy, whose tensors (weights of classes) have the dtype and the device of ``like``.
+    It is a copy, so that what it counts or keeps is that of one fit; the tensors (weights of classes) of one of torch's modules have the
+    dtype and the device of ``like``.
     """
     if isinstance(criterion, str):
         return losses[criterion]
@@ -178,7 +179,8 @@ def as_loss(criterion: Any, losses: Mapping[str, Loss], like: Tensor) -> Loss:
             f"criterion={criterion!r} adds up rows (reduction='sum'), so that penalties, slopes and the validation loss would depend on how many "
             "there are: leave reduction at 'mean'."
         )
+    made = own_copy(made)
     if type(made).__module__.startswith("torch.nn."):
-        made = copy.deepcopy(made).to(device=like.device, dtype=like.dtype)
+        made = made.to(device=like.device, dtype=like.dtype)
     check_call(f"criterion {criterion!r}", "(outputs, targets)", getattr(made, "forward", made), None, None)
     return CustomLoss(made)

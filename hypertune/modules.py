@@ -78,6 +78,10 @@ def refuse_modules(module: nn.Module) -> None:
                 f"{where} has no shape before it has seen data, and the weights are counted before that: the factory gets "
                 "n_features_in, so use the eager layer (nn.Linear for nn.LazyLinear)."
             )
+        if isinstance(sub, torch.jit.ScriptModule):
+            raise ValueError(
+                f"{where} is scripted, and runs with the weights that it has: give the module as it was before."
+            )
         if type(sub).__name__ == "OptimizedModule":
             raise ValueError(
                 f"{where} comes from torch.compile(module), and its copies would not be compiled: leave that out."
@@ -88,6 +92,12 @@ def refuse_modules(module: nn.Module) -> None:
                 raise ValueError(
                     f"{where} keeps {what} that holds on to a module by name: in a copy of it, and copies are what is "
                     "trained, the function would go on calling the first one. Make it a method."
+                )
+        for name, p in sub.named_parameters(recurse=False):
+            if p._backward_hooks or p._post_accumulate_grad_hooks:
+                raise ValueError(
+                    f"{where} has a hook on the gradient of {name!r}, which would never be called: all weights are trained as one vector. "
+                    "Multiply the weight by a mask (torch.nn.utils.parametrize), or freeze the parameter (requires_grad=False)."
                 )
         if any(t.is_complex() for t in (*sub.parameters(recurse=False), *sub.buffers(recurse=False))):
             raise ValueError(f"{where} has complex weights or buffers: keep real ones, and use torch.view_as_complex.")

@@ -36,9 +36,8 @@ from hypertune.arrays import (
 )
 from hypertune.batches import Minibatches, Rows
 from hypertune.callbacks import CallbackSupportMixin, fit_task, with_callbacks
-from hypertune.dropout import is_zero
 from hypertune.factory import MLP, build
-from hypertune.functions import check_call, keywords_of, with_keywords
+from hypertune.functions import check_call, keywords_of, own_copy, with_keywords
 from hypertune.losses import Loss, as_loss
 from hypertune.modules import Reach
 from hypertune.objective import LOSS_HYPERPARAMETERS, NO_NOISE, Objective
@@ -316,7 +315,7 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
         self._codes = find_codes(X, self._columns)
         noisy = find_noisy(X, self._codes)
         for name in ("input_noise", "mixup") if not noisy.any() else ():
-            if not is_zero(getattr(self, name)):
+            if np.any(getattr(self, name)):
                 raise ValueError(f"{name} {NO_NOISE}")
         self._noisy = None if noisy.all() else self._tensor(noisy)
         for name in ("weight_decay", "l1"):
@@ -394,8 +393,8 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
             loss,
             fixed=self._loss_values(),
             reach=reach,
-            penalty=self.penalty,
-            augment=self.augment,
+            penalty=own_copy(self.penalty),
+            augment=own_copy(self.augment),
             inputs=self._columns,
             noisy=self._noisy,
             folds=folds,

@@ -133,12 +133,14 @@ class Objective(StackedModule):
             return {k: (shape[0], *(1,) * (len(shape) - 1)) for k, shape in shapes.items()}
         arrangement: dict[str, tuple[int, ...]] = dict.fromkeys(shapes, ())
         if grain == "feature":
-            first = next((k for k in shapes if self.first and k.startswith(f"{self.first}.")), next(iter(shapes)))
+            its = [k for k in shapes if self.first and k.startswith(f"{self.first}.")] or [next(iter(shapes))]
+            first = next((k for k in its if shapes[k][1:2] == (n_features,)), its[0])
             shape, layer = shapes[first], self._modules[False].get_submodule(first.rpartition(".")[0])
-            if len(shape) < 2 or shape[1] != n_features or isinstance(layer, nn.Embedding):
+            if shape[1:2] != (n_features,) or isinstance(layer, nn.Embedding) or not self.first_sees_features:
                 raise ValueError(
                     f"the first layer's weight {first!r} has shape {tuple(shape)}, and not one column for each of the "
                     f"{n_features} features"
+                    + ("" if self.first_sees_features else ": what enters that layer is not the features, one for one")
                 )
             arrangement[first] = (1, n_features, *(1,) * (len(shape) - 2))
         return arrangement

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hypertune.arrays import fingerprint
 from hypertune.batches import Batch, Minibatches, Rows
 from hypertune.folds import Fold
-from hypertune.functions import numbers_in
+from hypertune.functions import state_of
 from hypertune.net import TorchEstimator, plain_settings
 from hypertune.objective import Objective
 from hypertune.problem import make_values
@@ -230,7 +230,8 @@ def _feel_the_same_noise(folds: list[Fold]) -> bool:
 
 
 class _FirstStep(NamedTuple):
-    """Of a fit of its own: initial weights (D,), the state of the random numbers after them, its sketch, and whether functions of the user's count."""
+    """Of a fit of its own: initial weights (D,), the state of the random numbers after them, its sketch, and whether functions of the user's count
+    their calls, or change otherwise: in a stack there are more calls, of all settings."""
 
     w: Tensor
     noise: tuple[Tensor, Tensor | None]
@@ -246,11 +247,17 @@ def _first_step(fold: Fold, setting: dict[str, Any], batch: Batch, seed: int) ->
     noise = rng_state(batch.x.device)
     objective = net._make_objective(module)
     net._check_outputs(objective, batch.x[0, :2])
-    w, own = objective.initial_weights()[None].requires_grad_(), (objective.augment, objective.penalty)
-    counted = [numbers_in(function) for function in own]
+    w, users = (
+        objective.initial_weights()[None].requires_grad_(),
+        (objective.loss, objective.augment, objective.penalty),
+    )
+    before = state_of(users)
     loss = objective.train_loss(w, {}, batch)
     (gradient,) = torch.autograd.grad(loss.sum(), w)
-    counts = [numbers_in(function) for function in own] != counted  # their calls: of a stack there are more
+    counts = (after := state_of(users)) != before
+    if counts:  # or has put something by, in its first call alone
+        objective.train_loss(w, {}, batch)
+        counts = state_of(users) != after
     return _FirstStep(w.detach()[0], noise, _sketch(loss[0], gradient[0]), counts)
 
 

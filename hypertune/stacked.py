@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, NamedTuple, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_batchedtensor
@@ -37,6 +38,7 @@ _CONTAINERS = (list, tuple, dict, deque)
 _CONVOLVED = 1_000_000  # multiplications for a row: larger convolutions are slower together, on a CPU
 # What is better one after the other sooner: steps through a sequence (torch's own LSTM is the fastest of them), and attention.
 _RECURRENT, _LSTM, _ATTENTION = 400_000, 40_000, 250_000
+_LOOKED_AT = 8  # columns
 _DROPOUT = 3  # the first of its streams of random numbers; those before are for whoever uses the module
 
 
@@ -63,7 +65,9 @@ class StackedModule:
     stacked : bool
         Whether M models share one pass. Set to False by :meth:`examine` for modules that cannot, or had better not.
     first : str
-        Of the layers with weights the one that was called first in :meth:`examine`; empty if that is the first one, too.
+        Name of the first layer with weights that was called in :meth:`examine`; empty if that is the module itself, and before that.
+    first_sees_features : bool
+        Whether column (or channel) j of what enters that layer is feature (or channel) j of the rows, maybe normalised.
     remembered : dict or None
         What :meth:`remembers` said at the end of a training; None before that.
     statistics : dict from str to Tensor of shape (models, ...)
@@ -79,7 +83,7 @@ class StackedModule:
         folds: int = 1,
     ):
         self.reach, self.inputs = dict(reach or {}), inputs
-        self.stacked, self.first = True, ""
+        self.stacked, self.first, self.first_sees_features = True, "", True
         self._written = [k for k, b in module.named_buffers() if b.layout == torch.strided]
         self._fresh = with_own_layers(module)  # is never run: what a module counts or remembers begins here
         self._begin_anew()
@@ -218,7 +222,7 @@ class StackedModule:
     # what the module can do
 
     def examine(self, x: Tensor, values: Mapping[str, float]) -> None:
-        """Find out ``first``, ``cost``, which buffers training writes into, and whether M models share one pass.
+        """Find out ``first``, ``first_sees_features``, ``cost``, which buffers training writes into, and whether M models share one pass.
 
         Where the module does not work under vmap, models run one after the other, with a warning; where that is only faster, without one.
 
@@ -236,6 +240,9 @@ class StackedModule:
         # It cannot count where a forward differentiates, nor inside the fused kernels of recurrent layers.
         with torch.no_grad(), suppress(Exception), self._step_by_step(), counter:
             self.outputs(self.named(w), x[None], values, training=False, fold=0)
+        noise_rows = torch.randn(16, *x.shape[1:], generator=torch.Generator().manual_seed(0)).to(x)
+        # Of a few rows LayerNorm may leave little, and noise need not be what the module takes.
+        self.first_sees_features = any(self._first_sees_features(rows, values) for rows in (x, noise_rows))
         set_rng_state(noise, x.device)
         self.cost = max(self.D, counter.get_total_flops() // (2 * len(x)))
         run = partial(self._run, x, values, noise)
@@ -329,7 +336,7 @@ class StackedModule:
         layers = [
             (path, sub)
             for path, sub in self._modules[False].named_modules()
-            if not sub._modules and any(p is not None and p.dim() > 1 for p in sub._parameters.values())
+            if sub._modules.keys() <= {"parametrizations"} and any(p.dim() > 1 for p in sub.parameters())
         ]
         hooks = [layer.register_forward_pre_hook(partial(note, path)) for path, layer in layers]
         try:
@@ -337,6 +344,32 @@ class StackedModule:
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _first_sees_features(self, x: Tensor, values: Mapping[str, float]) -> bool:
+        """By the derivative of some columns of what enters the layer with respect to the rows."""
+        if self._layers[False] is not None:
+            return True
+        entering: list[Tensor] = []
+        rows = x.clone().requires_grad_(x.is_floating_point())
+        hook = (
+            self._modules[False]
+            .get_submodule(self.first)
+            .register_forward_pre_hook(lambda _, args: entering.extend(args[:1]))
+        )
+        try:
+            w = self.initial_weights()[None]
+            self.outputs(self.named(w), (1.0 * rows)[None], values, training=False, fold=0)
+            columns = entering[0].reshape(x.shape).transpose(0, 1).flatten(1).sum(1)
+            looked_at = np.linspace(0, len(columns) - 1, _LOOKED_AT).astype(int)
+            slopes = [torch.autograd.grad(columns[j], rows, retain_graph=True)[0] for j in looked_at]
+        except Exception:  # of another size, or not differentiable: no columns of the rows
+            return False
+        finally:
+            hook.remove()
+        by_feature = torch.stack([slope.transpose(0, 1).flatten(1).sum(1) for slope in slopes])
+        own = by_feature[range(len(looked_at)), looked_at]
+        by_feature, own = by_feature * own.sum().sign(), own * own.sum().sign()
+        return bool(((own > 0) & (own == by_feature.amax(dim=1))).all())  # LayerNorm mixes the columns, but less
 
     def reads_in_eval_mode(self, x: Tensor, keyword: str, values: Sequence[float]) -> bool:
         """Whether the outputs for rows x (B, ...) in eval mode depend on a factory keyword's value."""
@@ -424,7 +457,10 @@ class StackedModule:
             except IndexError as error:
                 if not any(isinstance(sub, nn.Embedding) for sub in self._modules[training].modules()):
                     raise
-                raise IndexError(f"{error} (an embedding's codes go from 0 to num_embeddings - 1)") from error
+                raise IndexError(
+                    f"{error} (an embedding's codes go from 0 to num_embeddings - 1; name their columns in the estimator's `inputs`, so that "
+                    "input_noise and mixup leave them alone)"
+                ) from error
             if not isinstance(outputs, Tensor):
                 raise TypeError(f"the module's forward returns {type(outputs).__name__}, and not one tensor")
             for k, b in buffers.items():

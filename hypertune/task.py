@@ -39,7 +39,7 @@ def stack(space: Space, folds: list[Fold], n_rows: int, seed: int) -> tuple[Spac
     Raises
     ------
     ValueError
-        If a hyperparameter reaches nothing in the model, or is part of the prediction.
+        If a hyperparameter reaches nothing in the model, is part of the prediction, or has values for units that some fold lacks.
     """
     net = folds[0].net
     with isolated(seed, net.device):
@@ -62,5 +62,12 @@ def stack(space: Space, folds: list[Fold], n_rows: int, seed: int) -> tuple[Spac
         names = {h.name for h in space.hyperparameters if h.own in ("input_noise", "mixup")}
         if names and not objective.feels_noise:
             raise ValueError(f"param_distributions[{min(names)!r}]: it {NO_NOISE}")
+    for h in space.hyperparameters:
+        for k, fold in enumerate(folds if h.grain in ("unit", "weight") else []):
+            if not fold.train.y.is_floating_point() and len(fold.train.y.unique()) < getattr(net, "n_outputs_", 1):
+                raise ValueError(
+                    f"param_distributions[{h.name!r}]: the training rows of fold {k} lack a class, so that their net has fewer outputs, and there are no "
+                    "values for each of its units or weights: use StratifiedKFold, or a value for each layer."
+                )
     objective.forget_weights()
     return space.resolve(arrangements(net, objective, space, x, n_rows)), objective

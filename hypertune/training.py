@@ -103,7 +103,13 @@ def hyper_train(
             begin=begin, steps=steps, per_epoch=per_epoch, averaged_from=max(first, (1 - averaging) * steps),
         )  # fmt: skip
         worth = partial(nats_per_unit, run.objective.loss, outputs=getattr(net, "n_outputs_", 1))
-        stopped = _follow(islice(taken, steps), trace, descent, worth, progress, end_epoch)
+        try:
+            stopped = _follow(islice(taken, steps), trace, descent, worth, progress, end_epoch)
+        except NotImplementedError as error:  # torch's, of a layer that can be differentiated once
+            raise ValueError(
+                f"{recipe.name!r} differentiates the training loss twice, and the module cannot be: {error} algorithm='joint' "
+                "differentiates it once."
+            ) from error
         if not trace.moves and not stopped:
             warnings.warn(
                 f"The hyperparameters did not move: {recipe.name!r} moves them once in {every} steps after the first {first}, and "

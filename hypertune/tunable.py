@@ -67,6 +67,13 @@ def check_settings(owner: str, settings: Mapping[str, Any], space: Space, prefix
             if name.startswith(f"{prefix}module__"):
                 _check_factory(where, module)
             near = difflib.get_close_matches(name, settings, n=3, cutoff=0.5)
+            part, _, keyword = name.removeprefix(prefix).partition("__")
+            function = settings.get(f"{prefix}{part}") if part in ("penalty", "augment") and keyword else None
+            if function is not None and not any(known.startswith(f"{prefix}{part}__") for known in near):
+                raise ValueError(
+                    f"{where}: {part}={function!r} has no such keyword with a default; what can be tuned are keywords of a plain function "
+                    f"that have one, as {keyword!r} in `def {part}(..., {keyword}=1.0)`."
+                )
             near += [known for known in settings if known.endswith(f"__{name}") and known not in near]
             hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"choose one of {sorted(settings)}."
             raise ValueError(f"{where}: {owner} has no such parameter; {hint}")

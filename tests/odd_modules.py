@@ -301,6 +301,54 @@ class DrawnByNumpy(RandomFeatures):
         self.B = torch.from_numpy(np.random.default_rng().normal(size=(n, 16)))
 
 
+class Reweighted(nn.Module):
+    """A criterion with weights of classes from some call on (Cao et al. 2019, deferred re-weighting)."""
+
+    def __init__(self, after: int, *, in_a_buffer: bool):
+        super().__init__()
+        self.after, self.in_a_buffer, self.calls = after, in_a_buffer, 0
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, outputs, targets):
+        self.seen += self.in_a_buffer
+        self.calls += not self.in_a_buffer
+        late = float(self.seen) + self.calls > self.after
+        return nn.functional.cross_entropy(outputs, targets, torch.tensor([1.0, 9.0]).to(outputs) if late else None)
+
+
+class Ramp:
+    """A penalty that grows with the number of its calls, which it keeps where it is told."""
+
+    def __init__(self, calls: Any):
+        self.state = calls
+
+    def __call__(self, weights, strength=0.1):
+        self.state[0] += 1
+        return strength * min(1.0, float(self.state[0]) / 20) * weights["1.weight"].square().sum()
+
+
+class Caches:
+    """A criterion that puts something by in its first call, and is the same in each."""
+
+    def __init__(self):
+        self.weight = {}
+
+    def __call__(self, outputs, targets):
+        self.weight.setdefault(outputs.device, torch.tensor([1.0, 3.0]).to(outputs))
+        return nn.functional.cross_entropy(outputs, targets, self.weight[outputs.device])
+
+
+def ramp_in_a_closure() -> Any:
+    calls = [0]
+
+    def ramp(x, generator, spread=0.1):
+        calls[0] += 1
+        noise = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+        return torch.cat([x[:, :3] + min(1.0, calls[0] / 20) * spread * noise[:, :3], x[:, 3:]], dim=1)
+
+    return ramp
+
+
 ODD: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "padding": ({"module": Padded, "inputs": CODES}, DECAY),
     "random features": ({"module": RandomFeatures}, DECAY),
@@ -333,5 +381,12 @@ ODD: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"module": MLP((8,)), "criterion": nn.CrossEntropyLoss(weight=torch.tensor([1.0, 3.0]))},
         DECAY,
     ),
+    "deferred weights": ({"module": MLP((8,)), "criterion": Reweighted(12, in_a_buffer=False)}, DECAY),
+    "deferred weights, a buffer": ({"module": MLP((8,)), "criterion": Reweighted(12, in_a_buffer=True)}, DECAY),
+    "ramp in a list": ({"module": MLP((8,)), "penalty": Ramp([0])}, DECAY),
+    "ramp in an array": ({"module": MLP((8,)), "penalty": Ramp(np.zeros(1))}, DECAY),
+    "ramp in a tensor": ({"module": MLP((8,)), "penalty": Ramp(torch.zeros(1))}, DECAY),
+    "ramp in a closure": ({"module": MLP((8,)), "augment": ramp_in_a_closure()}, {"augment__spread": uniform(0, 3)}),
+    "caches": ({"module": MLP((8,)), "criterion": Caches()}, DECAY),
     "random penalty": ({"module": MLP((8,)), "penalty": random_penalty}, {"penalty__strength": loguniform(1e-4, 1)}),
 }

@@ -35,7 +35,6 @@ ROOMS = {  # room -> the rooms that it imports from
         "arrays",
         "batches",
         "callbacks",
-        "dropout",
         "factory",
         "functions",
         "losses",

@@ -20,6 +20,13 @@ from tests.test_retraining import NET, Keeping
 TUNED, START, OWN = torch.tensor([[-8.0], [-7.0], [-13.0]], dtype=torch.float64)
 
 
+def test_settings_that_share_an_infinite_coordinate_differ_by_the_others():
+    """The logarithm of no noise at all, under a distribution that begins at zero."""
+    tuned, start, own = torch.tensor([[-torch.inf, 0.0], [-torch.inf, 1.0], [-torch.inf, 3.0]])
+    assert [lam.tolist() for lam in distinct(tuned, start, own)] == [[-torch.inf, x] for x in (0.0, 0.5, 1.0, 3.0)]
+    assert len(distinct(tuned, tuned.clone(), own)) == 2
+
+
 def test_settings_that_hardly_differ_are_verified_once():
     tuned, near, far = torch.zeros(2), torch.tensor([0.0, 0.009]), torch.tensor([0.0, 1.0])
     assert [lam.tolist() for lam in distinct(tuned, near, far)] == [[0, 0], [0, 1]]

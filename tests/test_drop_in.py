@@ -197,7 +197,8 @@ def test_routed_weights_reach_training_and_validation(iris, monkeypatch):
             seen.extend(folds)
             super().__init__(folds, *args, **kwargs)
 
-    monkeypatch.setattr("hypertune.training.Minibatches", Recording)
+    for room in ("training", "problem"):
+        monkeypatch.setattr(f"hypertune.{room}.Minibatches", Recording)
     with config_context(enable_metadata_routing=True):
         net = clone(NET).set_fit_request(sample_weight=True)
         scorer = get_scorer("accuracy").set_score_request(sample_weight=False)

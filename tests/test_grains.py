@@ -12,6 +12,7 @@ from sklearn.datasets import make_classification, make_regression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from hypertune import (
     MLP,
@@ -172,6 +173,57 @@ class OfCodes(nn.Module):
 
     def forward(self, x):
         return self.out(self.embed(x.long()).sum(1))
+
+
+class Tokens(nn.Module):
+    """Of each feature an embedding, as wide as there are features: the layer sees those."""
+
+    def __init__(self, n, m):
+        super().__init__()
+        self.token, self.first, self.out = nn.Parameter(torch.randn(n, n)), nn.Linear(n, n), nn.Linear(n, m)
+
+    def forward(self, x):
+        return self.out(torch.relu(self.first(x[..., None] * self.token)).mean(1))
+
+
+class Projected(nn.Module):
+    """A matrix of its own in front of the first layer."""
+
+    def __init__(self, n, m):
+        super().__init__()
+        self.matrix, self.first = nn.Parameter(torch.randn(n, n)), nn.Linear(n, m)
+
+    def forward(self, x):
+        return self.first(x @ self.matrix)
+
+
+def normalised(n, m):
+    return nn.Sequential(weight_norm(nn.Linear(n, n)), nn.ReLU(), nn.Linear(n, m))
+
+
+@pytest.mark.filterwarnings("ignore:.*performance drop")
+def test_layers_behind_others_do_not_see_the_features(iris):
+    X, y = iris
+    space = {"weight_decay": per_feature(loguniform(1e-4, 1e1))}
+    for module in (Tokens, Projected):
+        net = TorchClassifier(module, max_epochs=2, random_state=0)
+        with pytest.raises(
+            ValueError, match=r"'first.weight' .*: what enters that layer is not the features, one for one"
+        ):
+            HyperTrainingSearchCV(net, space, cv=2, random_state=0).fit(X, y)
+    net = TorchClassifier(normalised, max_epochs=2, random_state=0)
+    found = HyperTrainingSearchCV(net, space, cv=2, random_state=0).fit(X, y).best_params_["weight_decay"]
+    assert np.shape(found["0.parametrizations.weight.original1"]) == (1, 4)
+    assert np.shape(found["2.weight"]) == ()
+
+
+@pytest.mark.parametrize("grain", [per_unit, per_weight])
+def test_values_for_units_need_all_classes_in_every_fold(iris, grain):
+    X, y = iris
+    space = {"weight_decay": grain(loguniform(1e-4, 1e1))}
+    cv = [(np.arange(0, 100), np.arange(100, 150)), (np.arange(0, 120), np.arange(120, 150))]
+    with pytest.raises(ValueError, match=r"the training rows of fold 0 lack a class.*use StratifiedKFold"):
+        HyperTrainingSearchCV(clone(NET), space, cv=cv).fit(X, y)
 
 
 def test_a_value_for_each_feature_is_one_of_the_layer_that_sees_them(iris):

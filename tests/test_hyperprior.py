@@ -66,6 +66,8 @@ def test_a_unit_of_a_loss_in_nats_is_the_slope_of_its_log_likelihood():
         (slope,) = torch.autograd.grad(nll(value), value)
         assert float(nats_per_unit(loss, value.detach(), 4)) == pytest.approx(float(slope))
     assert float(nats_per_unit(cross_entropy, value.detach(), 4)) == 1.0
+    for nothing in (0.0, -5e-8):  # of a perfect prediction, and a deviance by rounding
+        assert 0 < float(nats_per_unit(squared_error, torch.tensor(nothing), 4)) < torch.inf
 
 
 def test_what_varies_little_is_a_matter_of_the_outputs_units():

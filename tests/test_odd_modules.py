@@ -57,6 +57,17 @@ def test_what_is_verified_is_a_fit_of_its_own(odd: str, seed: int, cv: Any):
         assert_allclose(score, own, rtol=1e-7)
 
 
+@pytest.mark.parametrize(
+    "odd", ["deferred weights", "deferred weights, a buffer", "ramp in a list", "ramp in a tensor"]
+)
+def test_what_a_function_counts_is_counted_anew_in_every_fit(odd: str):
+    net = clone(NET).set_params(**ODD[odd][0])
+    first, second = (net.fit(X, y).loss_curve_ for _ in range(2))
+    assert first == second
+    mine = net.criterion if callable(net.criterion) else net.penalty
+    assert not (mine.calls + float(mine.seen) if hasattr(mine, "calls") else mine.state[0])
+
+
 def test_the_padding_row_stays_and_the_others_learn():
     module = search(module=Padded, inputs=CODES).fit(X, y).best_response_.weights(fold=1)["embed.weight"]
     start = clone(NET).set_params(module=Padded, inputs=CODES).fit(X, y).module_.embed.weight
@@ -84,6 +95,7 @@ TOGETHER = (
     "counts late",
     "remembers",
     "cools",
+    "caches",
 )
 
 

@@ -206,6 +206,11 @@ def half_the_rows(x, generator, share=0.5):
         ({"penalty": vector_penalty}, "penalty__strength", r"penalty .* returned shape \(8,\); return one number"),
         ({"augment": half_the_rows}, "augment__share", r"augment .* returned shape .* return as many rows"),
         ({}, "penalty__strnegth", "no such parameter; did you mean 'penalty__strength'"),
+        (
+            {"penalty": nn.Flatten()},
+            "penalty__strength",
+            r"penalty=Flatten.* no such keyword with a default.*strength=1\.0\)",
+        ),
         ({"mixup": 1.5}, None, "'mixup' parameter of TorchClassifier must be a float in the range"),
     ],
 )
@@ -220,3 +225,21 @@ def test_regressors_have_them_too():
     net = TorchRegressor(MLP(hidden=(8,)), max_epochs=5, mixup=0.2, penalty=smoothness, augment=jitter, random_state=0)
     found = search(net, SPACE).fit(X, X[:, 0])
     assert np.isfinite(found.best_score_)
+
+
+@pytest.mark.filterwarnings("ignore:.*performance drop")
+def test_a_layer_that_can_be_differentiated_once_is_for_methods_that_do_that(iris):
+    class Bag(nn.Module):
+        def __init__(self, n, m):
+            super().__init__()
+            self.bag, self.out = nn.EmbeddingBag(4, 5), nn.Linear(5 + n, m)
+
+        def forward(self, x):
+            return self.out(torch.cat([self.bag((x > 0).long()), x], dim=1))
+
+    net, space = TorchClassifier(Bag, max_epochs=3, random_state=0), {"weight_decay": loguniform(1e-6, 1e1)}
+    with pytest.raises(
+        ValueError, match=r"'implicit' differentiates the training loss twice.*embedding_bag.*algorithm='joint'"
+    ):
+        search(net, space, algorithm="implicit").fit(*iris)
+    assert search(net, space).fit(*iris).best_score_ > 0.3

@@ -357,7 +357,7 @@ class Codes(nn.Module):
         (TorchClassifier(device="cuda:99"), ValueError, "device='cuda:99' is not to be had .* Here there is cpu"),
         (TorchClassifier(MLP), TypeError, r"returned MLP, not a torch\.nn\.Module\. Give a factory, MLP\(\)"),
         (TorchClassifier(Two), ValueError, "forward returns tuple, and not one tensor"),
-        (TorchClassifier(Codes), ValueError, "an embedding's codes go from 0 to num_embeddings - 1"),
+        (TorchClassifier(Codes), ValueError, "an embedding's codes go from 0 to num_embeddings - 1; name their columns"),
         (TorchClassifier(lambda n, m: nn.utils.weight_norm(nn.Linear(n, m))), ValueError, r"cannot be copied .*parametrizations"),
         (TorchClassifier(lambda n, m: nn.Sequential(nn.Embedding(n, m, max_norm=1.0))), ValueError, r"0 \(Embedding\) changes its own weights"),
         (TorchClassifier(optimizer=torch.optim.LBFGS), TypeError, "step of optimizer .* is called with no closure"),

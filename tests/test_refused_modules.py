@@ -52,6 +52,25 @@ def test_a_function_that_holds_on_to_the_module_is_refused():
     clone(NET).set_params(module=Harmless).fit(X, y)
 
 
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_a_hook_on_a_gradient_is_refused_since_it_would_never_be_called(register: str):
+    class Masked(nn.Sequential):
+        def __init__(self, n, m):
+            super().__init__(nn.Linear(n, 8), nn.Linear(8, m))
+            getattr(self[0].weight, register)(lambda gradient: None)
+
+    with pytest.raises(
+        ValueError, match=r"0 \(Linear\) has a hook on the gradient of 'weight', which would never be called"
+    ):
+        clone(NET).set_params(module=Masked).fit(X, y)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_scripted_module_is_refused():
+    with pytest.raises(ValueError, match=r"is scripted, and runs with the weights that it has"):
+        clone(NET).set_params(module=lambda n, m: torch.jit.trace(nn.Linear(n, m), torch.zeros(1, n))).fit(X, y)
+
+
 def test_a_function_inside_a_function_holds_on_to_the_module_too():
     class Held(nn.Linear):
         def __init__(self, n, m):
