@@ -42,7 +42,7 @@ def contiguous(array: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def with_weight(X: np.ndarray, y: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The rows whose weight is not zero, and the weights relative to their mean: their scale means nothing, and may be of no float32."""
+    """The rows of non-zero weight, and the weights divided by their mean: their scale means nothing, and may overflow float32."""
     kept = weight > 0
     if not kept.any():
         raise ValueError("sample_weight is zero for every row.")
@@ -90,14 +90,14 @@ def find_codes(X: np.ndarray, columns: Mapping[str, Tensor] | None) -> dict[str,
 
 
 def check_codes(X: np.ndarray, codes: Mapping[str, Tensor], dtype: str) -> None:
-    """Refuse codes so large that the dtype has not each of them."""
+    """Refuse codes that the dtype cannot represent exactly."""
     most = 2 ** (np.finfo(dtype).nmant + 1)
     for name, group in codes.items():
         own = X[:, group.cpu().numpy()]
         if own.size and np.abs(own).max() > most:
             raise ValueError(
-                f"inputs[{name!r}] holds whole numbers up to {np.abs(own).max():.0f}, which are taken for codes, and {dtype} has not each of those "
-                f"beyond {most}: two codes would become one. Number them from 0 (sklearn's OrdinalEncoder), scale them if they are amounts, or set dtype='float64'."
+                f"inputs[{name!r}] holds whole numbers up to {np.abs(own).max():.0f}, which are taken for codes, and {dtype} cannot tell those "
+                f"beyond {most} apart. Number them from 0 (sklearn's OrdinalEncoder), scale them if they are amounts, or set dtype='float64'."
             )
 
 
@@ -125,12 +125,12 @@ def check_noise(value: Any, row_shape: tuple[int, ...]) -> None:
 
 
 def check_device(device: Any) -> None:
-    """Refuse a device that is not to be had here."""
+    """Refuse a device that is not available here."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         here = "cpu" if accelerator is None else f"cpu and {accelerator.type}"
         raise ValueError(
-            f"device={str(device)!r} is not to be had ({str(error).splitlines()[0]}). Here there is {here}."
+            f"device={str(device)!r} is not available ({str(error).splitlines()[0]}). Here there is {here}."
         ) from error

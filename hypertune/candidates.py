@@ -75,7 +75,7 @@ def retrain_candidates(
             losses = torch.cat([losses, second.validation_losses(folds)])
     given = len(candidates)
     added = [lam for lam, loss in zip(tried[given:], losses[given:], strict=True) if loss.isfinite()]
-    # Those that were added say less of how far a response is off: they were chosen by their losses, and lie on one line.
+    # Added ones are not among them: they were chosen by their losses and lie on one line, which would bias how far the response is off.
     return [*candidates, *added], [] if watched else retrained, (torch.stack(candidates), losses[:given])
 
 

@@ -26,7 +26,7 @@ def is_zero(value: Value) -> bool:
 
 
 def _kept(noise: Tensor, rate: Value) -> Tensor:
-    """What is left of a number: nothing, or that over the share which is kept. At a rate of one nothing is."""
+    """What each number is multiplied by: 0 with probability ``rate``, else 1/(1 − rate); 0 everywhere at a rate of 1."""
     share = (1 - rate).clamp(min=_LEAST) if isinstance(rate, Tensor) else max(1 - rate, _LEAST)
     return (noise >= rate).to(noise.dtype) / share  # whatever the default dtype
 

@@ -71,8 +71,8 @@ class TorchClassifier(ClassifierMixin, TorchEstimator):
     sample_weight : array-like of shape (n_samples,), default=None
         Weight of each row that ``fit`` is given, times the weights given to ``fit`` itself. Here it can be tuned.
     optimizer : {"adam", "sgd"} or callable, default="adam"
-        "sgd" has momentum 0.9. A callable gets (params, lr=...) and returns a torch optimizer. It sees all weights as one tensor
-        (1, D): one that treats matrices and biases apart (groups of parameters, Muon) is told of no difference.
+        "sgd" has momentum 0.9. A callable gets (params, lr=...) and returns a torch optimizer. It receives all weights as one
+        tensor (1, D): optimizers that treat matrices and biases differently (groups of parameters, Muon) cannot tell them apart.
     lr : float, default=3e-3
         Learning rate at the start.
     lr_schedule : {"cosine", "constant"} or callable ``share -> factor``, default="cosine"
@@ -255,8 +255,8 @@ class TorchRegressor(RegressorMixin, TorchEstimator):
     penalty, augment, inputs, sample_weight : default=None
         As in :class:`TorchClassifier`.
     optimizer : {"adam", "sgd"} or callable, default="adam"
-        "sgd" has momentum 0.9. A callable gets (params, lr=...) and returns a torch optimizer. It sees all weights as one tensor
-        (1, D): one that treats matrices and biases apart (groups of parameters, Muon) is told of no difference.
+        "sgd" has momentum 0.9. A callable gets (params, lr=...) and returns a torch optimizer. It receives all weights as one
+        tensor (1, D): optimizers that treat matrices and biases differently (groups of parameters, Muon) cannot tell them apart.
     lr : float, default=3e-3
         Learning rate at the start.
     lr_schedule : {"cosine", "constant"} or callable ``share -> factor``, default="cosine"

@@ -1,4 +1,4 @@
-"""The splits of a search, each preprocessed and encoded as scikit-learn would give it to the estimator; and who that is.
+"""The splits of a search, preprocessed and encoded as scikit-learn would give them to the estimator; and the net in a Pipeline.
 
 folds = make_folds(estimator, X, y, cv.split(X, y), {"sample_weight": weight}, weighs_rows=False, pads=True, by_column=False)
 """
@@ -40,9 +40,9 @@ class Fold:
     train, valid : Rows
         Preprocessed rows as tensors.
     key : str, default=""
-        Fingerprint of the training rows, once they are let go of.
+        Fingerprint of the training rows, set once these have been dropped.
     padded : bool, default=False
-        Whether some folds have columns of zeros to be as wide as the others, so that fits of their own are other ones.
+        Whether columns of zeros make some folds as wide as the others, so that separate fits of them would differ.
     """
 
     net: Net
@@ -131,7 +131,7 @@ def make_folds(
     """
     if any(hasattr(step, "fit_resample") for _, step in getattr(estimator, "steps", ())):
         raise TypeError(
-            f"{type(estimator).__name__} resamples its rows, of which HyperTrainingSearchCV would not know what they are. Weight them instead: "
+            f"{type(estimator).__name__} resamples its rows, and HyperTrainingSearchCV could not tell which ones were trained on. Weight them instead: "
             'fit(..., sample_weight=compute_sample_weight("balanced", y)) of the net.'
         )
     folds = [_fold(estimator, X, y, train, valid, fit_params, weighs_rows) for train, valid in splits]
@@ -147,7 +147,7 @@ def make_folds(
     if len(set(shapes)) == 1:
         if fitted is not folds and len({_columns_of(fold) for fold in fitted}) > 1:
             warnings.warn(
-                "The steps before the net make other columns of the data in other folds, and a value for each column stands for another one "
+                "The steps before the net make different columns in different folds, so a value for each column would mean a different column "
                 "in each: choose the columns before the search, or take one value for all.",
                 UserWarning,
                 stacklevel=2,
@@ -173,7 +173,7 @@ def _columns_of(fold: Fold) -> tuple[str, ...]:
 
 
 def _widened(fold: Fold, least: int, width: int) -> Fold:
-    """The same with columns of zeros up to a width, and no noise on those that some folds of the search have not got."""
+    """The same fold with columns of zeros up to a width, and no noise on columns that some fold lacks."""
     net: Any = fold.net
     net._row_shape = (width,)
     net._noisy = (torch.arange(width, device=fold.train.x.device) < least).to(fold.train.x)
@@ -238,3 +238,18 @@ def _params_of(
     *others, (last, _) = estimator.steps
     wanted = {key for name, _ in others if name in routed for method in routed[name].values() for key in method}
     return routed[last].fit, {key: value for key, value in params.items() if key in wanted}
+
+
+class DrawnOnce:
+    """A splitter whose splits are drawn once: the hyper-training and the verification see the same, whatever its ``random_state``."""
+
+    def __init__(self, cv: Any):
+        self.cv = cv
+
+    def get_n_splits(self, *args: Any, **kwargs: Any) -> Any:
+        return self.cv.get_n_splits(*args, **kwargs)
+
+    def split(self, *args: Any, **kwargs: Any) -> Any:
+        if not hasattr(self, "splits"):
+            self.splits = list(self.cv.split(*args, **kwargs))
+        return iter(self.splits)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from hypertune.folds import Fold
-from hypertune.response import BestResponse
+from hypertune.response import BestResponse, validation_losses
 
 SCALES = (0.5, 1.0, 2.0, 4.0)  # units of λ
 
@@ -41,7 +41,8 @@ def choose_scale(tune: Callable[[list[Fold], float], BestResponse], folds: list[
     losses = []
     for scale in SCALES:
         response = tune(list(first), scale)
-        losses.append(float(response._validation_losses(response._lam([{}]), second).mean()))
+        tuned = response.space.encode(response.params)[None]
+        losses.append(float(validation_losses(response.hypernetwork, response.objective, second, tuned).mean()))
     return math.exp(vertex(np.log(SCALES), np.array(losses)))
 
 

@@ -94,7 +94,7 @@ LOGARITHMIC = {"poisson": True, "gamma": False}
 
 
 def output_scale(loss: Loss, y: Tensor) -> float:
-    """What a module's outputs are on the scale of: logits and logarithms, or targets y."""
+    """The natural scale of a module's outputs: 1 for logits and logarithms of means, else the standard deviation of the targets y."""
     logarithms = [binary_cross_entropy, *(REGRESSION_LOSSES[name] for name in LOGARITHMIC)]
     return 1.0 if not y.is_floating_point() or loss in logarithms else float(y.std())
 

@@ -121,7 +121,7 @@ class Known(Protocol):
 
 
 def plain_settings(net: Net, but: Collection[str]) -> dict[str, Any]:
-    """The net's parameters that are numbers, strings and sequences of them, but for some: a fit at others is another fit."""
+    """The net's parameters that are numbers, strings or sequences of them, except ``but``: fits are the same only if these agree."""
     return {name: value for name, value in net.get_params().items() if name not in but and _is_plain(value)}
 
 

@@ -46,7 +46,7 @@ def make_optimizer(
     Raises
     ------
     TypeError, ValueError
-        For a function that makes no optimizer, or one that needs a closure; for a schedule whose largest factor is far from one.
+        For a function that makes no optimizer or one that needs a closure, and for a schedule whose largest factor is far from 1.
     """
     make = OPTIMIZERS[optimizer] if isinstance(optimizer, str) else optimizer
     check_call(f"optimizer {optimizer!r}", "(params, lr=...)", make, params, lr=lr)

@@ -113,7 +113,7 @@ class BestResponse:
         """
         self._check_fold(fold)
         setting = self._complete({} if params is None else params)
-        net = copy.deepcopy(self.folds[fold].net).set_params(**self.space.own(setting))
+        net = copy.deepcopy(self.folds[fold].net).set_params(**self.space.to_net(setting))
         net = net._adopt(self._module(net, self._lam([setting]), fold))
         preprocess = self.folds[fold].preprocess
         if preprocess is None:
@@ -199,7 +199,7 @@ class BestResponse:
         tuned = {h.own for h in self.space.hyperparameters}
         if plain_settings(net, tuned) != plain_settings(self.folds[0].net, tuned):
             return False
-        net._adopt(self._module(net, self._lam([self.space.of_net(net.get_params())]), keys.index(key)))
+        net._adopt(self._module(net, self._lam([self.space.from_net(net.get_params())]), keys.index(key)))
         return True
 
     def is_constant(self) -> bool:
@@ -223,9 +223,9 @@ class BestResponse:
         with torch.no_grad():
             return self.hypernetwork(lam.to(self.hypernetwork.w0))
 
-    def _validation_losses(self, lam: Tensor, folds: Sequence[Fold] | None = None) -> Tensor:
-        """λ (m, n) → (K, m), on all validation rows of each fold, or on those of the given ones."""
-        return validation_losses(self.hypernetwork, self.objective, folds or self.folds, lam)
+    def _validation_losses(self, lam: Tensor) -> Tensor:
+        """λ (m, n) → (K, m), on all validation rows of each fold."""
+        return validation_losses(self.hypernetwork, self.objective, self.folds, lam)
 
     def _standard_deviations(self, lam: Tensor) -> Tensor:
         """Of the validation loss at λ (m, n), mean over folds, (m,), to first order, if w₀ has a standard deviation of one."""

@@ -51,7 +51,7 @@ class Retrained:
     objective : Objective
         With running statistics of all of them, if there are any.
     keys : list of K str
-        Fingerprints of the folds' training rows; empty if these are no rows of fits of their own.
+        Fingerprints of the folds' training rows; empty for padded folds, whose separate fits see other columns.
     settings : dict from str to value
         The net's other parameters, at which they were trained.
     n_outputs : int
@@ -86,7 +86,7 @@ class Retrained:
             return False
         if plain_settings(net, {h.own for h in self.space.hyperparameters}) != self.settings:
             return False
-        lam = self.space.encode(self.space.of_net(net.get_params()))
+        lam = self.space.encode(self.space.from_net(net.get_params()))
         found = torch.isclose(self.lam, lam, rtol=1e-9, atol=1e-9).all(dim=1).nonzero()
         if not len(found):
             return False
@@ -167,7 +167,7 @@ class _Trained(NamedTuple):
 def _train(task: Task, lam: Tensor, epochs: int, seed: int) -> _Trained | None:
     """On folds with as many minibatches.
 
-    None under an optimizer that sees all weights, and where some fit of its own would not begin as the stack does: with frozen weights
+    None if the optimizer couples weights, and where some separate fit would not begin as the stack does: with frozen weights
     drawn at random, with a module or a penalty that draws random numbers for every model, ...
     """
     space, folds, objective, *_ = task
@@ -175,7 +175,7 @@ def _train(task: Task, lam: Tensor, epochs: int, seed: int) -> _Trained | None:
     objective = objective.with_statistics_of(K, C)
     stream = Minibatches([fold.train for fold in folds], net.batch_size, seed=seed)
     per_epoch, batch = stream.steps_per_epoch, next(stream)
-    settings = [space.own(space.decode(one)) for one in lam]
+    settings = [space.to_net(space.decode(one)) for one in lam]
     with isolated(seed, net.device):
         # Every setting on the first fold, and the first setting on every other.
         some = [(0, c) for c in range(C)] + [(k, 0) for k in range(1, K)]
@@ -217,7 +217,7 @@ def _moves_each_by_itself(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _settings_of(optimizer: torch.optim.Optimizer) -> list[str]:
-    """Which may depend on the number of weights, if a function of the user's makes it so."""
+    """The settings of each group of parameters, which a user's function may make depend on the number of weights."""
     return [repr({k: v for k, v in group.items() if k != "params"}) for group in optimizer.param_groups]
 
 

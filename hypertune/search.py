@@ -27,7 +27,7 @@ from torch import Tensor
 
 from hypertune.callbacks import epochs
 from hypertune.candidates import distinct, retrain_candidates
-from hypertune.folds import Fold, last_step, make_folds, net_of, prefix_of
+from hypertune.folds import DrawnOnce, Fold, last_step, make_folds, net_of, prefix_of
 from hypertune.hypergradients import Description
 from hypertune.hypernetworks import HYPERNETWORKS, Builder
 from hypertune.hyperprior import choose_scale
@@ -99,8 +99,8 @@ class HyperTrainingSearchCV(BaseSearchCV):
         Networks for each fold, with initial weights of their own, that share λ: the mean of their hypergradients is less noisy.
         None means up to 3 for small models, for which they cost a third of the hyper-training.
     hyper_lr : float, default=0.05
-        Step size β of the hyperparameters' Adam for each training step, in units of λ. In runs of more than 1,200 steps it is the
-        smaller in proportion: the weights need the longer to respond.
+        Step size β of the hyperparameters' Adam for each training step, in units of λ. In runs of more than 1,200 steps it
+        shrinks as 1,200 / steps: the weights need longer to respond.
     hyper_lr_schedule : {"linear", "constant"}, default="linear"
         "linear" lets the step size fall to zero at the end.
     hyper_eps : float, default=0.01
@@ -136,7 +136,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
     Attributes
     ----------
     cv_results_ : dict of arrays
-        As in ``GridSearchCV``; one row per candidate. Where these were retrained together, ``mean_fit_time`` is what it took to fetch one.
+        As in ``GridSearchCV``; one row per candidate. Of those that were retrained together, ``mean_fit_time`` is the time to look up their weights.
     best_estimator_ : estimator
         Refitted on all the data with ``best_params_``; only if ``refit``.
     best_score_ : float
@@ -353,7 +353,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
             )
         routed = super()._get_routed_params_for_fit(params)
         self._routed = routed
-        self.cv = _DrawnOnce(check_cv(self.cv, self._inputs[1], classifier=is_classifier(self.estimator)))
+        self.cv = DrawnOnce(check_cv(self.cv, self._inputs[1], classifier=is_classifier(self.estimator)))
         return routed
 
     def _init_callback_context(
@@ -486,18 +486,3 @@ class HyperTrainingSearchCV(BaseSearchCV):
             pads=self.evaluate == "retrain" and not grains & {"unit", "feature", "weight"},
             by_column=bool(grains & {"feature", "weight"}),
         )
-
-
-class _DrawnOnce:
-    """A splitter whose splits are drawn once: the hyper-training and the verification see the same, whatever its ``random_state``."""
-
-    def __init__(self, cv: Any):
-        self.cv = cv
-
-    def get_n_splits(self, *args: Any, **kwargs: Any) -> Any:
-        return self.cv.get_n_splits(*args, **kwargs)
-
-    def split(self, *args: Any, **kwargs: Any) -> Any:
-        if not hasattr(self, "splits"):
-            self.splits = list(self.cv.split(*args, **kwargs))
-        return iter(self.splits)

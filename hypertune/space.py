@@ -329,11 +329,11 @@ class Space:
         """Parameter names in the order of λ."""
         return tuple(h.name for h in self.hyperparameters)
 
-    def own(self, params: Mapping[str, Any]) -> dict[str, Any]:
+    def to_net(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Values by name → by the net's own names."""
         return {h.own: params[h.name] for h in self.hyperparameters}
 
-    def of_net(self, params: Mapping[str, Any]) -> dict[str, Any]:
+    def from_net(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """The values of the hyperparameters among the net's parameters, by name."""
         return {h.name: params[h.own] for h in self.hyperparameters}
 

@@ -120,7 +120,7 @@ class StackedModule:
         return flat_weights(self._fresh)
 
     def forget_weights(self) -> None:
-        """Make the module's parameters zeros that take no memory: for a caller who has weights of its own, and nobody else's module."""
+        """Replace the module's parameters by zeros that take no memory: for a caller that holds its own weights."""
         for p in self._fresh.parameters():
             if p.requires_grad:
                 p.data = p.new_zeros(()).expand(p.shape)
@@ -159,6 +159,9 @@ class StackedModule:
         remembered = self.remembers() if self.remembered is None else self.remembered
         for (path, name), value in remembered.items():
             setattr(module.get_submodule(path), name, value.clone() if isinstance(value, Tensor) else value)
+        for sub in module.modules():
+            if isinstance(sub, nn.RNNBase):
+                sub.flatten_parameters()  # cuDNN wants them in one piece, and a deep copy has them apart
         return module
 
     # what the module remembers
@@ -208,7 +211,7 @@ class StackedModule:
         return bool(self._written)
 
     def _statistics_of(self, models: int, fold: int | None, keep: bool) -> dict[str, Tensor]:
-        """Buffers of M models, (M, ...): those that are kept, where there are as many and they are to be; else copies."""
+        """Buffers of M models, (M, ...): with ``keep`` the stored ones, if there are that many; else copies."""
         own = slice(None) if fold is None else slice(fold * self._each, (fold + 1) * self._each)
         found = {}
         for k, kept in self.statistics.items():
@@ -408,7 +411,7 @@ class StackedModule:
             Weights, as :meth:`named` gives them.
         x : Tensor of shape (M, B, ...)
         values : mapping from str to Tensor of shape (M,) or float
-            Those of tuned factory keywords are set; others are none of the module's business.
+            Those of tuned factory keywords are set in the module; other names are ignored.
         training : bool
             The module's mode.
         keep : bool, default=True
@@ -496,7 +499,7 @@ class _Run(NamedTuple):
 
 @contextmanager
 def _no_fast_path() -> Iterator[None]:
-    """In eval mode attention has kernels without a derivative, which vmap hides from torch that one is asked for."""
+    """Without attention's fast path of eval mode: it has no derivative, and vmap hides from torch that one is needed."""
     mha = torch.backends.mha
     with ONE_AT_A_TIME:  # the choice is that of the process
         enabled = mha.get_fastpath_enabled()

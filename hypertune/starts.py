@@ -32,12 +32,12 @@ _THIRD = 1 / 3  # of the way up a distribution: out of the flat part
 def screen(task: Task) -> Tensor | None:
     """Where λ̂ should start (n,): the best of a handful of settings from weak to strong regularisation.
 
-    None where stacking does not pay; but with BatchNorm and a logarithmic hyperparameter ``current`` and the line are trained on one fold then.
+    None where screening does not pay; a model with BatchNorm and a logarithmic hyperparameter is then screened on one fold (``current`` and the line).
 
     They are ``current`` (n,), a line of quantiles of all logarithmic hyperparameters together with the others as they are, and
     two of that line with the others a quarter of the way up. They are trained on as many of the folds as is cheap, for a third of
-    a fit (at least 150 steps, at most a whole fit) with a schedule of that length: which is best is seen by then, which of the
-    others is good may not be. But what overfits late looks good so early: where ``current`` is best, the strongest of the line that
+    a fit (at least 150 steps, at most a whole fit) with a schedule of that length: by then the best setting shows;
+    how good the others are may not. But what overfits late looks good so early: where ``current`` is best, the strongest of the line that
     is nearly as good is taken. If the best is inside the line, λ̂ starts at the vertex of the parabola through it and its neighbours.
     """
     (space, folds, objective, current, _), log = task, task.space.log
@@ -87,8 +87,8 @@ def out_of_corners(space: Space, current: Tensor) -> Tensor:
 def restarts(space: Space, constant: Tensor) -> Iterator[Tensor]:
     """Where to begin again if a run from λ = ``constant`` (n,) ended with a constant prediction; each (n,).
 
-    Logarithmic hyperparameters begin half way between there and a third of the way up their distributions, or those that are not above it
-    half way to a ninth; and again half way. Never further up.
+    Logarithmic hyperparameters above their distribution's quantile 1/3 move half way towards it, the others half way towards quantile 1/9
+    (never upwards); and then the same again.
     """
     third, ninth = space.quantile(np.array([[_THIRD], [_THIRD**2]]).repeat(space.n, axis=1))
     for _ in range(_RESTARTS if space.log.any() else 0):

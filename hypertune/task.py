@@ -50,14 +50,14 @@ def stack(space: Space, folds: list[Fold], n_rows: int, seed: int) -> tuple[Spac
         net._check_outputs(objective, x)
         settings = net.get_params()
         for h in space.hyperparameters:
-            own = h.own
-            if own in reaches and objective.reads_in_eval_mode(x, own, h.prior.ppf([0.01, 0.99])):
+            if h.own not in reaches:
+                continue
+            if objective.reads_in_eval_mode(x, h.own, h.prior.ppf([0.01, 0.99])):
                 raise ValueError(
                     f"param_distributions[{h.name!r}]: the module reads it in eval mode, too. The gradient is that of a validation loss "
                     f"which depends on it through the weights alone, as on a dropout rate. Set it on the estimator, or give it to {OUTER}."
                 )
-            if own in reaches:
-                check_reach(net, objective, folds[0].train.x[:_LOOKED_AT], h.name, own, h.prior.ppf([0.25, 0.75]), seed)
+            check_reach(net, objective, folds[0].train.x[:_LOOKED_AT], h, seed)
         objective.examine(x, {own: settings[own] for own in reaches})
         names = {h.name for h in space.hyperparameters if h.own in ("input_noise", "mixup")}
         if names and not objective.feels_noise:

@@ -192,9 +192,7 @@ def find_reaches(net: Net, space: Space) -> dict[str, list[Reach]]:
     return reaches
 
 
-def check_reach(
-    net: Net, objective: Objective, x: Tensor, name: str, own: str, values: Sequence[float], seed: int
-) -> None:
+def check_reach(net: Net, objective: Objective, x: Tensor, h: Hyperparameter, seed: int) -> None:
     """Refuse a keyword that reaches the module by another way, too, than by the numbers that are set in our copy of it.
 
     Parameters
@@ -204,17 +202,15 @@ def check_reach(
         Of the net's module, built under ``seed``.
     x : Tensor of shape (B, ...)
         Some rows.
-    name, own : str
-        The hyperparameter, and the net's own name for it.
-    values : sequence of float
-        Of the keyword: for each a module is built, which must give what our copy gives in training.
+    h : Hyperparameter
+        With the lower and the upper quartile of its distribution a module is built, which must give what our copy gives in training.
 
     Raises
     ------
     ValueError
         Naming the hyperparameter, what it reaches, and what to do instead.
     """
-    w = objective.initial_weights()
+    w, own = objective.initial_weights(), h.own
     w = w + 0.1 * torch.randn_like(w)  # a layer may begin with zeros
 
     def outputs(one: Objective, value: float) -> Tensor:
@@ -232,14 +228,14 @@ def check_reach(
         size = float(other.nan_to_num(0.0, 0.0, 0.0).abs().max())
         return torch.allclose(one, other, rtol=1e-3, atol=1e-3 * size + 1e-6, equal_nan=True)
 
-    for value in map(float, values):
+    for value in map(float, h.prior.ppf([0.25, 0.75])):
         theirs = of_built(value)
         if same(outputs(objective.with_statistics_of(1, 1), value), theirs):
             continue
         if all(same(theirs, of_built(value)) for _ in range(_ALIKE)):  # else no two of these modules are
             found = ", ".join(f"{path}.{attribute}" for path, attribute, _, _ in objective.reach[own])
             raise ValueError(
-                f"param_distributions[{name!r}]: it sets {found} in the module, and something else that is not found: a module that is built "
+                f"param_distributions[{h.name!r}]: it sets {found} in the module, and something else that is not found: a module that is built "
                 f"at {value:g} trains otherwise. Keep it everywhere as an attribute with a public name (self.rate = rate; not in a list, a "
                 "dict, a buffer or a closure)."
             )

@@ -26,29 +26,23 @@ def test_the_vertex_of_a_parabola_is_found_between_its_points():
     assert vertex(x, -x) == 3.0
 
 
-def test_every_scale_is_tuned_on_one_half_and_judged_on_the_other():
+def test_every_scale_is_tuned_on_one_half_and_judged_on_the_other(monkeypatch):
     X = torch.arange(10.0)[:, None]
     fold = Fold(None, None, Rows(X, X[:, 0]), Rows(X, X[:, 0]))
     seen: list[tuple[float, list[float]]] = []
 
-    class Response:
-        """A model whose prediction is a constant, so that its loss on a half says which rows it was judged on."""
+    def losses(scale, objective, folds, lam):
+        """Of a prediction that is a constant, so that its loss on a half says which rows it was judged on."""
+        seen.append((scale, sorted(folds[0].valid.x.flatten().tolist())))
+        return torch.tensor([[(math.log(scale) - math.log(1.5)) ** 2]])
 
-        def __init__(self, scale: float):
-            self.scale = scale
-
-        def _lam(self, settings):
-            return torch.zeros(1, 1)
-
-        def _validation_losses(self, lam, folds):
-            seen.append((self.scale, sorted(folds[0].valid.x.flatten().tolist())))
-            return torch.tensor([[(math.log(self.scale) - math.log(1.5)) ** 2]])
-
+    monkeypatch.setattr("hypertune.hyperprior.validation_losses", losses)
     tuned: list[tuple[float, list[float]]] = []
 
     def tune(folds, scale):
         tuned.append((scale, sorted(folds[0].valid.x.flatten().tolist())))
-        return Response(scale)
+        space = SimpleNamespace(encode=lambda params: torch.zeros(1))
+        return SimpleNamespace(hypernetwork=scale, objective=None, space=space, params={})
 
     assert choose_scale(tune, [fold]) == pytest.approx(1.5)
     assert [scale for scale, _ in tuned] == list(SCALES)

@@ -264,7 +264,7 @@ def test_a_value_for_each_column_of_other_columns_in_other_folds_is_warned_of():
     X[:, 7] += y
     net = TorchClassifier(MLP((4,)), max_epochs=2, random_state=0)
     space = {"torchclassifier__input_noise": per_feature(uniform(0, 1))}
-    with pytest.warns(UserWarning, match="stands for another one"):
+    with pytest.warns(UserWarning, match="would mean a different column"):
         search(estimator=make_pipeline(SelectKBest(k=4), net), param_distributions=space).fit(X, y)
     for steps, prior in (([StandardScaler()], per_feature(uniform(0, 1))), ([SelectKBest(k=4)], uniform(0, 1))):
         with warnings.catch_warnings():
@@ -354,7 +354,7 @@ class Codes(nn.Module):
 @pytest.mark.parametrize(
     ("net", "error", "message"),
     [
-        (TorchClassifier(device="cuda:99"), ValueError, "device='cuda:99' is not to be had .* Here there is cpu"),
+        (TorchClassifier(device="cuda:99"), ValueError, "device='cuda:99' is not available .* Here there is cpu"),
         (TorchClassifier(MLP), TypeError, r"returned MLP, not a torch\.nn\.Module\. Give a factory, MLP\(\)"),
         (TorchClassifier(Two), ValueError, "forward returns tuple, and not one tensor"),
         (TorchClassifier(Codes), ValueError, "an embedding's codes go from 0 to num_embeddings - 1; name their columns"),

@@ -292,9 +292,9 @@ def test_each_network_of_a_fold_has_its_own_minibatches_and_statistics(iris, mon
     assert len(torch.stack(seen).unique(dim=0)) == 6  # 3 folds, 2 networks each
 
     seeds = []
-    monkeypatch.setattr(
-        "hypertune.training.Minibatches", lambda *args, seed: seeds.append(tuple(seed)) or Minibatches(*args, seed=seed)
-    )
+    for room in ("training", "problem"):  # of the training rows, of the validation rows
+        noting = lambda *args, seed: seeds.append(tuple(seed)) or Minibatches(*args, seed=seed)  # noqa: E731
+        monkeypatch.setattr(f"hypertune.{room}.Minibatches", noting)
     search(net, {"weight_decay": loguniform(1e-6, 1e0)}, n_inits=2, evaluate="hypernetwork").fit(X, y)
     train, valid = seeds
     assert train[:3] == (train[0],) * 3
