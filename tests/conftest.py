@@ -7,6 +7,7 @@ from sklearn.datasets import load_breast_cancer, load_digits, load_iris
 from sklearn.preprocessing import StandardScaler
 
 from hypertune.retraining import Retrained
+from tests.ridge import Exact
 from tests.searches import search
 
 
@@ -51,3 +52,8 @@ def used(monkeypatch) -> list[bool]:
 def fitted(iris):
     """The search of tests/searches.py, fitted."""
     return search().fit(*iris)
+
+
+@pytest.fixture
+def exact() -> Exact:
+    return Exact()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hypertune.algorithms import Problem
+from hypertune.hypernetworks import Layout, Linear
 
 
 @dataclass(frozen=True)
@@ -62,3 +63,21 @@ class Ridge:
     def problem(self, n: int = 1, low: float = -8.0, high: float = 6.0) -> Problem:
         bounds = (torch.full((n,), bound, dtype=torch.float64) for bound in (low, high))
         return Problem(self.train_loss, self.valid_loss, itertools.repeat(None), itertools.repeat(None), *bounds)
+
+
+class Exact:
+    """Ridge regression at its optimum, one λ for each weight: everything that a hypergradient is made of."""
+
+    def __init__(self) -> None:
+        self.ridge = Ridge.make()
+        self.lam = torch.linspace(-2.0, 1.0, self.ridge.D, dtype=torch.float64)
+        self.best, self.tangent = self.ridge.best_response(self.lam), self.ridge.tangent(self.lam)
+        self.w = self.best[None, None].clone().requires_grad_()
+        (self.G,) = torch.autograd.grad(self.ridge.valid_loss(self.w).sum(), self.w)
+        self.problem = self.ridge.problem(self.ridge.D)
+        self.everything = torch.ones(self.ridge.D, dtype=torch.bool)
+        self.hypernetwork = Linear().build(self.best[None], self.lam, Layout(torch.arange(self.ridge.D)))
+
+    @property
+    def hypergradient(self) -> torch.Tensor:
+        return self.tangent.T @ self.G[0, 0]
