@@ -23,10 +23,10 @@ import torch
 from sklearn.base import clone
 from torch import Tensor
 
+from hypertune.base import TorchEstimator
 from hypertune.batches import Minibatches
 from hypertune.folds import Fold, last_step, prefix_of
 from hypertune.implicit import conjugate_gradients
-from hypertune.net import TorchEstimator
 from hypertune.problem import make_train_loss
 from hypertune.randomness import isolated
 from hypertune.retraining import retrain

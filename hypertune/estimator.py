@@ -25,8 +25,8 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.multiclass import check_classification_targets
 from torch import Tensor
 
+from hypertune.base import TorchEstimator
 from hypertune.losses import CLASSIFICATION_LOSSES, LOGARITHMIC, MULTILABEL_LOSSES, REGRESSION_LOSSES, Loss
-from hypertune.net import TorchEstimator
 from hypertune.objective import LOSS_HYPERPARAMETERS
 
 _MOST_LOG = 300.0  # of a predicted mean: neither zero nor infinite

@@ -23,8 +23,9 @@ from sklearn.utils.metaestimators import _safe_split
 from sklearn.utils.validation import _check_method_params, _num_samples
 
 from hypertune.arrays import fingerprint
+from hypertune.base import TorchEstimator
 from hypertune.batches import Rows
-from hypertune.net import Net, TorchEstimator
+from hypertune.net import Net
 
 
 @dataclass(frozen=True)

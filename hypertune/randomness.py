@@ -1,4 +1,4 @@
-"""Seeds: every fit is reproducible from its ``random_state``, and nobody else's random numbers change.
+"""Torch's global state. Every fit is reproducible from its ``random_state``, and nobody else's random numbers change.
 
 Layers draw their initial weights and dropout masks from torch's one global generator. :func:`isolated` lends it to us:
 seeded at the start, put back as it was at the end. Threads take turns.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -58,4 +58,14 @@ def isolated(seed: int, device: str = "cpu") -> Iterator[None]:
     devices = [torch.device(device)] if torch.device(device).type == "cuda" else []
     with ONE_AT_A_TIME, torch.random.fork_rng(devices=devices):
         seed_torch(seed, device)
+        yield
+
+
+@contextmanager
+def gradients() -> Iterator[None]:
+    """Record gradients inside, or in what this decorates, whatever mode the caller is in: ``torch.no_grad``, ``inference_mode``, ``autocast``."""
+    with torch.inference_mode(False), torch.enable_grad(), ExitStack() as full:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                full.enter_context(torch.autocast(kind, enabled=False))
         yield

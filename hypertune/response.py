@@ -21,9 +21,9 @@ from hypertune.batches import Rows
 from hypertune.folds import Fold
 from hypertune.hypernetworks import Hypernetwork
 from hypertune.losses import output_scale
-from hypertune.net import Net, gradients, plain_settings
+from hypertune.net import Net, plain_settings
 from hypertune.objective import Objective
-from hypertune.randomness import isolated
+from hypertune.randomness import gradients, isolated
 from hypertune.space import Space, Value
 
 _LOOKED_AT = 100  # rows

@@ -18,10 +18,11 @@ from sklearn.base import clone
 from torch import Tensor, nn
 
 from hypertune.arrays import fingerprint
+from hypertune.base import TorchEstimator
 from hypertune.batches import Batch, Minibatches, Rows
 from hypertune.folds import Fold
 from hypertune.functions import state_of
-from hypertune.net import TorchEstimator, plain_settings
+from hypertune.net import plain_settings
 from hypertune.objective import Objective
 from hypertune.problem import make_values
 from hypertune.randomness import draw_seed, isolated, rng_state, seed_torch, set_rng_state

@@ -25,14 +25,15 @@ from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.validation import _num_samples, indexable
 from torch import Tensor
 
+from hypertune.base import TorchEstimator
 from hypertune.callbacks import epochs
 from hypertune.candidates import distinct, retrain_candidates
 from hypertune.folds import DrawnOnce, Fold, last_step, make_folds, net_of, prefix_of
 from hypertune.hypergradients import Description
 from hypertune.hypernetworks import HYPERNETWORKS, Builder
 from hypertune.hyperprior import choose_scale
-from hypertune.net import Known, TorchEstimator, gradients
-from hypertune.randomness import draw_seed
+from hypertune.net import Known
+from hypertune.randomness import draw_seed, gradients
 from hypertune.recipes import NAMES
 from hypertune.response import BestResponse
 from hypertune.space import Space

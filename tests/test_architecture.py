@@ -31,7 +31,8 @@ ROOMS = {  # room -> the rooms that it imports from
     "hypergradients": {"algorithms", "hypernetworks"},
     "implicit": {"algorithms", "hypergradients", "hypernetworks", "response_optimizers"},
     "unrolled": {"algorithms", "hypergradients", "hypernetworks", "response_optimizers"},
-    "net": {
+    "net": {"batches", "modules", "objective"},
+    "base": {
         "arrays",
         "batches",
         "callbacks",
@@ -39,14 +40,15 @@ ROOMS = {  # room -> the rooms that it imports from
         "functions",
         "losses",
         "modules",
+        "net",
         "objective",
         "optimizers",
         "randomness",
         "stacked",
     },
-    "estimator": {"losses", "net", "objective"},
+    "estimator": {"base", "losses", "objective"},
     "skorch": {"batches", "functions", "losses", "modules", "objective", "optimizers", "randomness"},
-    "folds": {"arrays", "batches", "net", "skorch"},
+    "folds": {"arrays", "base", "batches", "net", "skorch"},
     "response": {
         "arrays",
         "batches",
@@ -91,6 +93,7 @@ ROOMS = {  # room -> the rooms that it imports from
     },
     "retraining": {
         "arrays",
+        "base",
         "batches",
         "folds",
         "functions",
@@ -106,6 +109,7 @@ ROOMS = {  # room -> the rooms that it imports from
     "optuna": {"search", "space"},
     "plotting": {"response", "search"},
     "search": {
+        "base",
         "callbacks",
         "candidates",
         "folds",
@@ -126,7 +130,7 @@ ROOMS = {  # room -> the rooms that it imports from
         "batches",
         "folds",
         "implicit",
-        "net",
+        "base",
         "problem",
         "randomness",
         "retraining",

@@ -30,7 +30,7 @@ def no_training(monkeypatch):
         raise AssertionError("training has begun")
 
     monkeypatch.setattr("hypertune.training.Minibatches", refuse)
-    monkeypatch.setattr("hypertune.net.Minibatches", refuse)
+    monkeypatch.setattr("hypertune.base.Minibatches", refuse)
 
 
 @pytest.mark.parametrize(
