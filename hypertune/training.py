@@ -76,7 +76,7 @@ def hyper_train(
     Raises
     ------
     ValueError
-        If the loss is no longer finite (naming step and λ̂).
+        If the loss is no longer finite (naming step and λ̂), or the module has no second derivative and the algorithm needs one.
     """
     begin, (space, folds, objective, _, seed) = time.perf_counter(), task
     net = folds[0].net
@@ -105,7 +105,9 @@ def hyper_train(
         worth = partial(nats_per_unit, run.objective.loss, outputs=getattr(net, "n_outputs_", 1))
         try:
             stopped = _follow(islice(taken, steps), trace, descent, worth, progress, end_epoch)
-        except NotImplementedError as error:  # torch's, of a layer that can be differentiated once
+        except NotImplementedError as error:
+            if "derivative" not in str(error):
+                raise
             raise ValueError(
                 f"{recipe.name!r} differentiates the training loss twice, and the module cannot be: {error} algorithm='joint' "
                 "differentiates it once."
