@@ -292,7 +292,9 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
     def _make_objective(
         self, module: nn.Module, *, reach: Mapping[str, list[Reach]] | None = None, folds: int = 1
     ) -> Objective:
-        loss = as_loss(self.criterion, self._losses, torch.empty(0, dtype=_DTYPES[self.dtype], device=self.device))
+        # Copies, so that what they count or keep is that of one fit; one object's criterion and penalty stay one object's.
+        criterion, penalty, augment = own_copy((self.criterion, self.penalty, self.augment))
+        loss = as_loss(criterion, self._losses, torch.empty(0, dtype=_DTYPES[self.dtype], device=self.device))
         if self.penalty is not None:
             check_call(f"penalty {self.penalty!r}", "(weights)", self.penalty, {})
         if self.augment is not None:
@@ -302,8 +304,8 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
             loss,
             fixed=self._loss_values(),
             reach=reach,
-            penalty=own_copy(self.penalty),
-            augment=own_copy(self.augment),
+            penalty=penalty,
+            augment=augment,
             inputs=self._columns,
             noisy=self._noisy,
             folds=folds,

@@ -67,7 +67,7 @@ def retrain_candidates(
     if more and not small and losses.isfinite().any():
         further = [best + stronger]
     elif more and losses[0] - losses.min() > _WORTHWHILE * losses[0].abs():
-        further = [tried[0] + times * (best - tried[0]) for times in _ON_THE_LINE]
+        further = [tried[0] + times * torch.where(best == tried[0], 0.0, best - tried[0]) for times in _ON_THE_LINE]
     if further := _new([space.clip(lam) for lam in further], tried):
         second = retrain(task, torch.stack(further), seed=first.seed)
         if second is not None:

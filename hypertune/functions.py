@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-_SMALL = 10_000  # numbers in an array: larger ones are data
+_MOST = 10_000
 
 
 def keywords_of(function: Any) -> dict[str, Any]:
@@ -41,29 +41,32 @@ def with_keywords(name: str, function: Any, keywords: dict[str, Any]) -> Any:
     return functools.partial(function, **keywords)
 
 
-def state_of(value: Any, seen: set[int] | None = None) -> Any:
+def state_of(value: Any, seen: dict[int, Any] | None = None) -> Any:
     """What a user's function, or the object that it belongs to, keeps and may change when it is called, to be compared: a count, say.
 
-    Numbers and strings, tensors (by identity and version) and small arrays, in containers, attributes and closures.
+    Numbers, strings and arrays, in containers, attributes and closures, up to 10,000 of them: what is larger is data.
     """
-    seen = set() if seen is None else seen
+    seen = {} if seen is None else seen
     if value is None or isinstance(value, (str, Number)):
         return repr(value)
-    if id(value) in seen or isinstance(value, (type, ModuleType)):
+    if id(value) in seen or len(seen) > _MOST or isinstance(value, (type, ModuleType)):
         return None
-    seen.add(id(value))
+    seen[id(value)] = value  # kept alive, so that no other object gets its id
     if isinstance(value, torch.Tensor):
-        return id(value), None if value.is_inference() else value._version
+        value = value.detach().to_dense().cpu()
+        value = (value.double() if value.is_floating_point() else value).numpy()
     if isinstance(value, np.ndarray):
-        return id(value), value.tobytes() if value.size <= _SMALL else None
-    return [state_of(one, seen) for one in _kept_by(value)]
+        return hash(value.tobytes())
+    kept = _kept_by(value)
+    return repr(value)[:_MOST] if kept is None else [state_of(one, seen) for one in kept]
 
 
-def _kept_by(value: Any) -> list[Any]:
+def _kept_by(value: Any) -> Any:
+    """What an object holds; None of one that does not say."""
     if isinstance(value, Mapping):
-        return [*value.keys(), *value.values()]
+        return [*value.keys(), *value.values()] if len(value) <= _MOST else []
     if isinstance(value, (list, tuple, set, deque)):
-        return list(value)
+        return list(value) if len(value) <= _MOST else []
     if isinstance(value, functools.partial):
         return [value.func, value.args, value.keywords]
     if isinstance(value, MethodType):
@@ -71,15 +74,18 @@ def _kept_by(value: Any) -> list[Any]:
     if isinstance(value, FunctionType):
         cells = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
         return [*cells, value.__defaults__, value.__kwdefaults__, vars(value)]
-    return [getattr(value, "__dict__", {})]
+    slots = [name for cls in type(value).__mro__ for name in np.atleast_1d(getattr(cls, "__slots__", []))]
+    if slots or hasattr(value, "__dict__"):
+        return [getattr(value, "__dict__", {}), *(getattr(value, name, None) for name in slots)]
+    return None
 
 
 def own_copy(function: Any) -> Any:
-    """A copy of an object that is called like a function; the function itself, and what cannot be copied."""
+    """A copy of an object that is called like a function, or of a tuple of them; a plain function itself, and what cannot be copied."""
     try:
         return copy.deepcopy(function)
     except Exception:
-        return function
+        return tuple(map(own_copy, function)) if isinstance(function, tuple) else function
 
 
 def check_call(who: str, how: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:

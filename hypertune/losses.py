@@ -7,6 +7,7 @@ torch.Size([2])
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hypertune.dropout import Value, is_zero
-from hypertune.functions import check_call, own_copy
+from hypertune.functions import check_call
 
 Loss = Callable[[Tensor, Tensor, Value], Tensor]
 
@@ -161,8 +162,7 @@ class CustomLoss:
 def as_loss(criterion: Any, losses: Mapping[str, Loss], like: Tensor) -> Loss:
     """The per-row loss for ``criterion=``: a name out of ``losses``, a callable, or a class such as ``nn.HuberLoss``.
 
-    It is a copy, so that what it counts or keeps is that of one fit; the tensors (weights of classes) of one of torch's modules have the
-    dtype and the device of ``like``.
+    Of one of torch's modules it is a copy, whose tensors (weights of classes) have the dtype and the device of ``like``.
     """
     if isinstance(criterion, str):
         return losses[criterion]
@@ -179,8 +179,7 @@ def as_loss(criterion: Any, losses: Mapping[str, Loss], like: Tensor) -> Loss:
             f"criterion={criterion!r} adds up rows (reduction='sum'), so that penalties, slopes and the validation loss would depend on how many "
             "there are: leave reduction at 'mean'."
         )
-    made = own_copy(made)
     if type(made).__module__.startswith("torch.nn."):
-        made = made.to(device=like.device, dtype=like.dtype)
+        made = copy.deepcopy(made).to(device=like.device, dtype=like.dtype)
     check_call(f"criterion {criterion!r}", "(outputs, targets)", getattr(made, "forward", made), None, None)
     return CustomLoss(made)

@@ -78,7 +78,7 @@ def refuse_modules(module: nn.Module) -> None:
                 f"{where} has no shape before it has seen data, and the weights are counted before that: the factory gets "
                 "n_features_in, so use the eager layer (nn.Linear for nn.LazyLinear)."
             )
-        if isinstance(sub, torch.jit.ScriptModule):
+        if isinstance(sub, torch.jit.ScriptModule) and any(True for _ in sub.parameters()):
             raise ValueError(
                 f"{where} is scripted, and runs with the weights that it has: give the module as it was before."
             )
@@ -94,7 +94,7 @@ def refuse_modules(module: nn.Module) -> None:
                     "trained, the function would go on calling the first one. Make it a method."
                 )
         for name, p in sub.named_parameters(recurse=False):
-            if p._backward_hooks or p._post_accumulate_grad_hooks:
+            if p.requires_grad and (p._backward_hooks or p._post_accumulate_grad_hooks):
                 raise ValueError(
                     f"{where} has a hook on the gradient of {name!r}, which would never be called: all weights are trained as one vector. "
                     "Multiply the weight by a mask (torch.nn.utils.parametrize), or freeze the parameter (requires_grad=False)."

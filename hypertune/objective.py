@@ -27,7 +27,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from hypertune.batches import Batch, Rows
 from hypertune.dropout import Value, is_zero
+from hypertune.functions import own_copy
 from hypertune.losses import CustomLoss, Loss
 from hypertune.modules import Reach
 from hypertune.penalties import half_squares, half_squares_of, of_models
@@ -133,7 +134,9 @@ class Objective(StackedModule):
             return {k: (shape[0], *(1,) * (len(shape) - 1)) for k, shape in shapes.items()}
         arrangement: dict[str, tuple[int, ...]] = dict.fromkeys(shapes, ())
         if grain == "feature":
-            its = [k for k in shapes if self.first and k.startswith(f"{self.first}.")] or [next(iter(shapes))]
+            its = [k for k in shapes if not self.first or k.startswith(f"{self.first}.")]
+            if not its:
+                raise ValueError(f"the layer that sees the features, {self.first!r}, has no weights that are trained")
             first = next((k for k in its if shapes[k][1:2] == (n_features,)), its[0])
             shape, layer = shapes[first], self._modules[False].get_submodule(first.rpartition(".")[0])
             if shape[1:2] != (n_features,) or isinstance(layer, nn.Embedding) or not self.first_sees_features:
@@ -320,12 +323,19 @@ class Objective(StackedModule):
             penalties.append(own)
         return torch.stack(penalties)
 
+    def with_statistics_of(self, folds: int, each: int, statistics: Mapping[str, Tensor] | None = None) -> Self:
+        """See :meth:`StackedModule.with_statistics_of`. The user's functions begin anew, too."""
+        other = super().with_statistics_of(folds, each, statistics)
+        other.loss, other.penalty, other.augment = own_copy((self.loss, self.penalty, self.augment))
+        return other
+
     def penalty_follows(self, keyword: str) -> bool:
         """Whether the user's penalty has a derivative in one of its hyperparameters: not if it makes a plain number of it."""
         weights, value = self.named(torch.randn_like(self.initial_weights())[None]), self._like.new_tensor([0.5])
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # that it does
             try:
-                return self._own_penalty(weights, {keyword: value.requires_grad_()}, 1).requires_grad
+                fresh = self.with_statistics_of(1, 1)
+                return fresh._own_penalty(weights, {keyword: value.requires_grad_()}, 1).requires_grad
             except Exception:  # it takes no such weights or value: training will tell
                 return True
 

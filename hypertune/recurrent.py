@@ -33,7 +33,7 @@ class TensorRecurrent(Drops, nn.RNNBase):
         drops = self.training and self.drops and self.num_layers > 1 and not is_zero(self.dropout)
         stacked = not self.fused or _are_stacked(input, hx, self.parameters())
         if isinstance(input, PackedSequence) or input.dim() != 3 or not (drops or stacked):
-            with _in_pieces(), nullcontext() if drops else self._without_dropout():
+            with _in_pieces(input), nullcontext() if drops else self._without_dropout():
                 return super().forward(input, hx)
         x = input.transpose(0, 1) if self.batch_first else input
         directions, cells = 1 + self.bidirectional, self.mode == "LSTM"
@@ -61,7 +61,7 @@ class TensorRecurrent(Drops, nn.RNNBase):
     def _as_torch(self, x: Tensor, state: State, weights: Sequence[Sequence[Tensor]]) -> tuple[Tensor, State]:
         flat = [w for own in weights for w in own]
         settings = (self.bias, 1, 0.0, self.training, self.bidirectional, False)
-        with _in_pieces():
+        with _in_pieces(x):
             outputs, *end = _FUSED[self.mode](x, state if self.mode == "LSTM" else state[0], flat, *settings)
         return outputs, tuple(end)
 
@@ -124,8 +124,11 @@ RECURRENT: dict[type[nn.Module], type[nn.Module]] = {
 
 
 @contextmanager
-def _in_pieces() -> Iterator[None]:
+def _in_pieces(x: Any) -> Iterator[None]:
     """Without cuDNN's warning that it puts the weights together at every call: ours are parts of a flat vector."""
+    if not x.is_cuda:
+        yield
+        return
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk of memory")
         yield

@@ -24,6 +24,8 @@ class PlainOptimizer:
     hypernetwork : Hypernetwork
     weight_optimizer : torch.optim.Optimizer
         Holds all parameters of the hypernetwork.
+    schedules : sequence of LRScheduler, optional
+        Advanced with every step.
     """
 
     def __init__(
@@ -74,6 +76,8 @@ class TangentOptimizer:
         Holds ``hypernetwork.w0`` alone.
     basis_optimizer : torch.optim.Optimizer or None
         Holds the parameters of the basis, if it has any.
+    schedules : sequence of LRScheduler, optional
+        Advanced with every step.
     """
 
     def __init__(

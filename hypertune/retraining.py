@@ -231,8 +231,11 @@ def _feel_the_same_noise(folds: list[Fold]) -> bool:
 
 
 class _FirstStep(NamedTuple):
-    """Of a fit of its own: initial weights (D,), the state of the random numbers after them, its sketch, and whether functions of the user's count
-    their calls, or change otherwise: in a stack there are more calls, of all settings."""
+    """Of a separate fit.
+
+    Initial weights (D,), torch's random state after them, the sketch of the first step, and whether functions of the user's count their
+    calls, or change otherwise: in a stack there are more calls, of all settings.
+    """
 
     w: Tensor
     noise: tuple[Tensor, Tensor | None]
@@ -248,16 +251,14 @@ def _first_step(fold: Fold, setting: dict[str, Any], batch: Batch, seed: int) ->
     noise = rng_state(batch.x.device)
     objective = net._make_objective(module)
     net._check_outputs(objective, batch.x[0, :2])
-    w, users = (
-        objective.initial_weights()[None].requires_grad_(),
-        (objective.loss, objective.augment, objective.penalty),
-    )
+    w = objective.initial_weights()[None].requires_grad_()
+    users = objective.loss, objective.augment, objective.penalty
     before = state_of(users)
     loss = objective.train_loss(w, {}, batch)
     (gradient,) = torch.autograd.grad(loss.sum(), w)
     counts = (after := state_of(users)) != before
-    if counts:  # or has put something by, in its first call alone
-        objective.train_loss(w, {}, batch)
+    if counts:  # or has put something by, in its first call alone, that is the same for other weights
+        objective.train_loss(1.1 * w + 0.1, {}, batch)
         counts = state_of(users) != after
     return _FirstStep(w.detach()[0], noise, _sketch(loss[0], gradient[0]), counts)
 

@@ -67,7 +67,7 @@ class StackedModule:
     first : str
         Name of the first layer with weights that was called in :meth:`examine`; empty if that is the module itself, and before that.
     first_sees_features : bool
-        Whether column (or channel) j of what enters that layer is feature (or channel) j of the rows, maybe normalised.
+        What :meth:`sees_features` said, if it was asked.
     remembered : dict or None
         What :meth:`remembers` said at the end of a training; None before that.
     statistics : dict from str to Tensor of shape (models, ...)
@@ -225,7 +225,7 @@ class StackedModule:
     # what the module can do
 
     def examine(self, x: Tensor, values: Mapping[str, float]) -> None:
-        """Find out ``first``, ``first_sees_features``, ``cost``, which buffers training writes into, and whether M models share one pass.
+        """Find out ``first``, ``cost``, which buffers training writes into, and whether M models share one pass.
 
         Where the module does not work under vmap, models run one after the other, with a warning; where that is only faster, without one.
 
@@ -239,13 +239,12 @@ class StackedModule:
         w = self.initial_weights()[None]
         with torch.no_grad(), self._noting_calls():
             self.outputs(self.named(w), x[None], values, training=False, fold=0)
+        if (layers := self._layers[False]) is not None:  # these are not called, but run
+            self.first = next((name for name, layer in layers if isinstance(layer, nn.Linear)), "")
         noise, counter = rng_state(x.device), FlopCounterMode(display=False)
         # It cannot count where a forward differentiates, nor inside the fused kernels of recurrent layers.
         with torch.no_grad(), suppress(Exception), self._step_by_step(), counter:
             self.outputs(self.named(w), x[None], values, training=False, fold=0)
-        noise_rows = torch.randn(16, *x.shape[1:], generator=torch.Generator().manual_seed(0)).to(x)
-        # Of a few rows LayerNorm may leave little, and noise need not be what the module takes.
-        self.first_sees_features = any(self._first_sees_features(rows, values) for rows in (x, noise_rows))
         set_rng_state(noise, x.device)
         self.cost = max(self.D, counter.get_total_flops() // (2 * len(x)))
         run = partial(self._run, x, values, noise)
@@ -339,7 +338,8 @@ class StackedModule:
         layers = [
             (path, sub)
             for path, sub in self._modules[False].named_modules()
-            if sub._modules.keys() <= {"parametrizations"} and any(p.dim() > 1 for p in sub.parameters())
+            if {name for name, _ in sub.named_children()} <= {"parametrizations"}
+            and any(p.dim() > 1 for p in sub.parameters())
         ]
         hooks = [layer.register_forward_pre_hook(partial(note, path)) for path, layer in layers]
         try:
@@ -348,31 +348,40 @@ class StackedModule:
             for hook in hooks:
                 hook.remove()
 
-    def _first_sees_features(self, x: Tensor, values: Mapping[str, float]) -> bool:
-        """By the derivative of some columns of what enters the layer with respect to the rows."""
+    def sees_features(self, x: Tensor, values: Mapping[str, float]) -> bool:
+        """Whether column (or channel) j of what enters the layer ``first`` is feature (or channel) j of the rows x (B, ...), maybe normalised.
+
+        Some columns are shuffled, one after the other: their own must change most. What cannot be told so is taken for the features.
+        """
         if self._layers[False] is not None:
             return True
-        entering: list[Tensor] = []
-        rows = x.clone().requires_grad_(x.is_floating_point())
-        hook = (
-            self._modules[False]
-            .get_submodule(self.first)
-            .register_forward_pre_hook(lambda _, args: entering.extend(args[:1]))
-        )
-        try:
-            w = self.initial_weights()[None]
-            self.outputs(self.named(w), (1.0 * rows)[None], values, training=False, fold=0)
-            columns = entering[0].reshape(x.shape).transpose(0, 1).flatten(1).sum(1)
-            looked_at = np.linspace(0, len(columns) - 1, _LOOKED_AT).astype(int)
-            slopes = [torch.autograd.grad(columns[j], rows, retain_graph=True)[0] for j in looked_at]
-        except Exception:  # of another size, or not differentiable: no columns of the rows
+        layer, columns = self._modules[False].get_submodule(self.first), x.shape[1]
+        named, noise = self.named(self.initial_weights()[None]), rng_state(x.device)
+
+        def entering(rows: Tensor) -> Tensor:
+            """The size of each column of what enters the layer: (B, columns)."""
+            seen: list[Tensor] = []
+            hook = layer.register_forward_pre_hook(
+                lambda _, args, kwargs: seen.extend([*args, *kwargs.values()][:1]), with_kwargs=True
+            )
+            try:
+                with torch.no_grad():
+                    set_rng_state(noise, x.device)
+                    self.outputs(named, rows[None], values, training=False, fold=0)
+            finally:
+                hook.remove()
+            return seen[0]
+
+        before = entering(x)
+        if isinstance(layer, nn.Embedding) or before.numel() != x.numel():
             return False
-        finally:
-            hook.remove()
-        by_feature = torch.stack([slope.transpose(0, 1).flatten(1).sum(1) for slope in slopes])
-        own = by_feature[range(len(looked_at)), looked_at]
-        by_feature, own = by_feature * own.sum().sign(), own * own.sum().sign()
-        return bool(((own > 0) & (own == by_feature.amax(dim=1))).all())  # LayerNorm mixes the columns, but less
+        for j in np.linspace(0, columns - 1, _LOOKED_AT).astype(int):
+            rows = x.clone()
+            rows[:, j] = rows[:, j].roll(1, dims=0)
+            moved = (entering(rows) - before).abs().reshape(x.shape).transpose(0, 1).flatten(1).sum(1)
+            if moved[j] < moved.max():
+                return False
+        return True
 
     def reads_in_eval_mode(self, x: Tensor, keyword: str, values: Sequence[float]) -> bool:
         """Whether the outputs for rows x (B, ...) in eval mode depend on a factory keyword's value."""

@@ -59,6 +59,10 @@ def stack(space: Space, folds: list[Fold], n_rows: int, seed: int) -> tuple[Spac
                 )
             check_reach(net, objective, folds[0].train.x[:_LOOKED_AT], h, seed)
         objective.examine(x, {own: settings[own] for own in reaches})
+        if any(h.grain == "feature" for h in space.hyperparameters):
+            everything = folds[0].train.x
+            spread = everything[:: max(1, len(everything) // _LOOKED_AT)]  # the first ones may be of one class
+            objective.first_sees_features = objective.sees_features(spread, {own: settings[own] for own in reaches})
         names = {h.name for h in space.hyperparameters if h.own in ("input_noise", "mixup")}
         if names and not objective.feels_noise:
             raise ValueError(f"param_distributions[{min(names)!r}]: it {NO_NOISE}")

@@ -106,7 +106,7 @@ def hyper_train(
         try:
             stopped = _follow(islice(taken, steps), trace, descent, worth, progress, end_epoch)
         except NotImplementedError as error:
-            if "derivative" not in str(error):
+            if not str(error).startswith("the derivative for '"):
                 raise
             raise ValueError(
                 f"{recipe.name!r} differentiates the training loss twice, and the module cannot be: {error} algorithm='joint' "

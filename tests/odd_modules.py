@@ -327,6 +327,36 @@ class Ramp:
         return strength * min(1.0, float(self.state[0]) / 20) * weights["1.weight"].square().sum()
 
 
+class Smoothed:
+    """A criterion with a moving mean that it writes into a tensor's data, or puts in its place."""
+
+    __slots__ = ("data", "mean")
+
+    def __init__(self, data: bool):
+        self.data, self.mean = data, torch.zeros(())
+
+    def __call__(self, outputs, targets):
+        loss = nn.functional.cross_entropy(outputs, targets)
+        if self.data:
+            self.mean.data.add_(0.1)
+        else:
+            self.mean = self.mean + 0.1
+        return loss * (1 + float(self.mean > 1.5))
+
+
+class Anchored:
+    """A penalty on the distance from a moving mean of the weights, which begins at the first ones."""
+
+    def __init__(self):
+        self.mean = None
+
+    def __call__(self, weights, strength=0.1):
+        w = weights["1.weight"]
+        self.mean = w.detach().clone() if self.mean is None else self.mean
+        self.mean.data.mul_(0.9).add_(w.detach(), alpha=0.1)
+        return strength * (w - self.mean).square().sum() + 0.1 * (w * self.mean).sum()
+
+
 class Caches:
     """A criterion that puts something by in its first call, and is the same in each."""
 
@@ -387,6 +417,9 @@ ODD: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "ramp in an array": ({"module": MLP((8,)), "penalty": Ramp(np.zeros(1))}, DECAY),
     "ramp in a tensor": ({"module": MLP((8,)), "penalty": Ramp(torch.zeros(1))}, DECAY),
     "ramp in a closure": ({"module": MLP((8,)), "augment": ramp_in_a_closure()}, {"augment__spread": uniform(0, 3)}),
+    "moving mean, by its data": ({"module": MLP((8,)), "criterion": Smoothed(True)}, DECAY),
+    "moving mean, another": ({"module": MLP((8,)), "criterion": Smoothed(False), "mixup": 0.3}, DECAY),
+    "anchored": ({"module": MLP((8,)), "penalty": Anchored()}, DECAY),
     "caches": ({"module": MLP((8,)), "criterion": Caches()}, DECAY),
     "random penalty": ({"module": MLP((8,)), "penalty": random_penalty}, {"penalty__strength": loguniform(1e-4, 1)}),
 }

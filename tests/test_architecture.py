@@ -25,7 +25,7 @@ ROOMS = {  # room -> the rooms that it imports from
     "losses": {"dropout", "functions"},
     "descent": {"space"},
     "stacked": {"dropout", "layers", "modules", "randomness", "recurrent"},
-    "objective": {"batches", "dropout", "losses", "modules", "penalties", "stacked"},
+    "objective": {"batches", "dropout", "functions", "losses", "modules", "penalties", "stacked"},
     "algorithms": {"hypernetworks", "randomness"},
     "response_optimizers": {"hypernetworks"},
     "hypergradients": {"algorithms", "hypernetworks"},

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose
-from scipy.stats import loguniform, uniform
+from scipy.stats import halfnorm, loguniform, uniform
 from sklearn.base import clone
 from torch import nn
 
@@ -25,6 +25,14 @@ def test_settings_that_share_an_infinite_coordinate_differ_by_the_others():
     tuned, start, own = torch.tensor([[-torch.inf, 0.0], [-torch.inf, 1.0], [-torch.inf, 3.0]])
     assert [lam.tolist() for lam in distinct(tuned, start, own)] == [[-torch.inf, x] for x in (0.0, 0.5, 1.0, 3.0)]
     assert len(distinct(tuned, tuned.clone(), own)) == 2
+
+
+def test_the_line_through_a_better_setting_keeps_an_infinite_coordinate(verified):
+    """Of the tuned and the better one: theirs, and no setting is lost."""
+    space = {"weight_decay": loguniform(1e-6, 1e1), "input_noise": halfnorm()}
+    lams = [torch.tensor([x, -torch.inf], dtype=torch.float64) for x in (-8.0, -7.0, -13.0)]
+    candidates, *_ = verified(away(-5.0), space=space, lams=lams)
+    assert any(lam[0] > -6.0 and lam[1] == -torch.inf for lam in candidates)
 
 
 def test_settings_that_hardly_differ_are_verified_once():

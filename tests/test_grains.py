@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -199,6 +201,51 @@ class Projected(nn.Module):
 
 def normalised(n, m):
     return nn.Sequential(weight_norm(nn.Linear(n, n)), nn.ReLU(), nn.Linear(n, m))
+
+
+class Behaved(nn.Module):
+    """What comes before the first layer leaves features features."""
+
+    def __init__(self, n, m, how="detached"):
+        super().__init__()
+        self.register_buffer("mask", (torch.arange(n) > 0).float())
+        self.scale, self.first, self.how = nn.Parameter(torch.randn(n)), nn.Linear(n, m), how
+
+    def forward(self, x):
+        rows = {
+            "detached": x.detach(),
+            "signs": (x > 0).float(),
+            "mask": x * self.mask,
+            "scale": x * self.scale,
+            "abs": x.abs(),
+        }
+        return self.first(input=rows[self.how])
+
+
+@pytest.mark.parametrize("how", ["detached", "signs", "mask", "scale", "abs"])
+def test_features_that_are_changed_one_by_one_are_features(iris, how):
+    net = TorchClassifier(partial(Behaved, how=how), max_epochs=2, random_state=0)
+    search(net, {"weight_decay": per_feature(loguniform(1e-4, 1e1))}).fit(*iris)
+
+
+class Frozen(nn.Module):
+    def __init__(self, n, m):
+        super().__init__()
+        self.before, self.first = nn.Linear(n, n).requires_grad_(False), nn.Linear(n, m)
+
+    def forward(self, x):
+        return self.first(self.before(x))
+
+
+def frozen(n, m):
+    return nn.Sequential(nn.Linear(n, n).requires_grad_(False), nn.ReLU(), nn.Linear(n, m))
+
+
+@pytest.mark.parametrize("module", [Frozen, frozen])
+def test_a_frozen_layer_that_sees_the_features_has_no_values_for_them(iris, module):
+    net = TorchClassifier(module, max_epochs=2, random_state=0)
+    with pytest.raises(ValueError, match=r"the layer that sees the features, .*, has no weights that are trained"):
+        search(net, {"weight_decay": per_feature(loguniform(1e-4, 1e1))}).fit(*iris)
 
 
 @pytest.mark.filterwarnings("ignore:.*performance drop")

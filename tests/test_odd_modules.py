@@ -17,7 +17,7 @@ from sklearn.metrics import log_loss
 from sklearn.model_selection import KFold, cross_val_score
 from torch import nn
 
-from hypertune import MLP, per_feature
+from hypertune import MLP, per_feature, per_unit
 from hypertune.stacked import StackedModule
 from tests.odd_modules import (
     CODES,
@@ -29,6 +29,7 @@ from tests.odd_modules import (
     DrawnByNumpy,
     MovingMean,
     Padded,
+    Ramp,
     RandomFeatures,
     Remembers,
     Shared,
@@ -66,6 +67,41 @@ def test_what_a_function_counts_is_counted_anew_in_every_fit(odd: str):
     assert first == second
     mine = net.criterion if callable(net.criterion) else net.penalty
     assert not (mine.calls + float(mine.seen) if hasattr(mine, "calls") else mine.state[0])
+
+
+def test_a_criterion_and_a_penalty_of_one_object_stay_those_of_one():
+    class Both:
+        def __init__(self):
+            self.seen = []
+
+        def criterion(self, outputs, targets):
+            self.seen.append(len(targets))
+            return nn.functional.cross_entropy(outputs, targets)
+
+        def penalty(self, weights):
+            assert self.seen  # of the minibatch before it
+            return 0.0 * weights["1.weight"].sum()
+
+    both = Both()
+    clone(NET).set_params(module=MLP((8,)), criterion=both.criterion, penalty=both.penalty).fit(X, y)
+    assert not both.seen
+
+
+def test_each_hyper_training_begins_with_the_penalty_as_it_was_given():
+    begun = []
+
+    class Noted(Ramp):
+        def __call__(self, weights, strength=0.1):
+            if self.state[0] == 0:
+                begun.append(1)
+            return super().__call__(weights, strength)
+
+    space = {"weight_decay": per_unit(loguniform(1e-4, 1e1))}
+    found = search(space, module=MLP((8,)), penalty=Noted([0])).set_params(
+        grain_scale="auto", evaluate="hypernetwork", refit=False
+    )
+    found.fit(X, y)
+    assert len(begun) >= 5  # four scales, and the last
 
 
 def test_the_padding_row_stays_and_the_others_learn():

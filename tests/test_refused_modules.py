@@ -71,6 +71,16 @@ def test_a_scripted_module_is_refused():
         clone(NET).set_params(module=lambda n, m: torch.jit.trace(nn.Linear(n, m), torch.zeros(1, n))).fit(X, y)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_hooks_of_frozen_parameters_and_scripted_activations_are_harmless():
+    def module(n, m):
+        frozen = nn.Linear(n, n)
+        frozen.weight.register_hook(lambda gradient: None)
+        return nn.Sequential(frozen.requires_grad_(False), torch.jit.trace(nn.ReLU(), torch.zeros(2)), nn.Linear(n, m))
+
+    search(module=module).fit(X, y)
+
+
 def test_a_function_inside_a_function_holds_on_to_the_module_too():
     class Held(nn.Linear):
         def __init__(self, n, m):
