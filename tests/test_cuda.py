@@ -172,6 +172,24 @@ def test_weights_of_classes_go_where_the_model_is(iris):
     assert_scores_are_those_of_own_fits(found, *iris, rel=1e-3)
 
 
+class Coded(nn.Module):
+    """A code out of range would end everything on the device."""
+
+    def __init__(self, inputs: dict[str, int], classes: int):
+        super().__init__()
+        self.embed, self.out = nn.Embedding(4, 3), nn.Linear(inputs["numbers"] + 3, classes)
+
+    def forward(self, code: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.cat([self.embed(code[:, 0].long()), numbers], dim=1))
+
+
+def test_codes_stay_in_their_range(iris):
+    X = np.column_stack([np.arange(len(iris[0])) % 4, iris[0]])
+    net = classifier(module=Coded, device="cuda", inputs={"code": [0], "numbers": [1, 2, 3, 4]})
+    space = {"input_noise": per_feature(uniform(0, 1)), "weight_decay": loguniform(1e-5, 1e1)}
+    assert search(net, space).fit(X, iris[1]).best_score_ > 0.8
+
+
 def test_several_labels(iris):
     X, y = (rows[np.random.default_rng(0).permutation(len(rows))] for rows in iris)
     Y = np.stack([y > 0, y > 1], axis=1).astype(int)
