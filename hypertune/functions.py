@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-_MOST = 10_000
+_MOST = 10_000  # things looked at, and entries of a container: more are data
 
 
 def keywords_of(function: Any) -> dict[str, Any]:
@@ -44,7 +44,8 @@ def with_keywords(name: str, function: Any, keywords: dict[str, Any]) -> Any:
 def state_of(value: Any, seen: dict[int, Any] | None = None) -> Any:
     """What a user's function, or the object that it belongs to, keeps and may change when it is called, to be compared: a count, say.
 
-    Numbers, strings and arrays, in containers, attributes and closures, up to 10,000 of them: what is larger is data.
+    Numbers, strings and arrays (of any size), in containers, attributes and closures, up to 10,000 of them. What is no number and no
+    container is followed into its attributes; global variables are not.
     """
     seen = {} if seen is None else seen
     if value is None or isinstance(value, (str, Number)):
@@ -53,6 +54,8 @@ def state_of(value: Any, seen: dict[int, Any] | None = None) -> Any:
         return None
     seen[id(value)] = value  # kept alive, so that no other object gets its id
     if isinstance(value, torch.Tensor):
+        if value.is_meta or value.is_quantized:
+            return None
         value = value.detach().to_dense().cpu()
         value = (value.double() if value.is_floating_point() else value).numpy()
     if isinstance(value, np.ndarray):

@@ -358,9 +358,9 @@ class StackedModule:
         layer, columns = self._modules[False].get_submodule(self.first), x.shape[1]
         named, noise = self.named(self.initial_weights()[None]), rng_state(x.device)
 
-        def entering(rows: Tensor) -> Tensor:
-            """The size of each column of what enters the layer: (B, columns)."""
-            seen: list[Tensor] = []
+        def entering(rows: Tensor) -> Any:
+            """What the layer is called with; None where it is not called for these rows."""
+            seen: list[Any] = []
             hook = layer.register_forward_pre_hook(
                 lambda _, args, kwargs: seen.extend([*args, *kwargs.values()][:1]), with_kwargs=True
             )
@@ -370,15 +370,19 @@ class StackedModule:
                     self.outputs(named, rows[None], values, training=False, fold=0)
             finally:
                 hook.remove()
-            return seen[0]
+            return seen[0] if seen else None
 
         before = entering(x)
+        if before is None:
+            return True
         if isinstance(layer, nn.Embedding) or before.numel() != x.numel():
             return False
-        for j in np.linspace(0, columns - 1, _LOOKED_AT).astype(int):
+        for j in np.unique(np.linspace(0, columns - 1, _LOOKED_AT).astype(int)):
             rows = x.clone()
             rows[:, j] = rows[:, j].roll(1, dims=0)
-            moved = (entering(rows) - before).abs().reshape(x.shape).transpose(0, 1).flatten(1).sum(1)
+            if (after := entering(rows)) is None:
+                continue
+            moved = (after - before).abs().reshape(x.shape).transpose(0, 1).flatten(1).sum(1)
             if moved[j] < moved.max():
                 return False
         return True

@@ -40,7 +40,8 @@ def screen(task: Task) -> Tensor | None:
     how good the others are may not. But what overfits late looks good so early: where ``current`` is best, the strongest of the line that
     is nearly as good is taken. If the best is inside the line, λ̂ starts at the vertex of the parabola through it and its neighbours.
     """
-    (space, folds, objective, current, _), log = task, task.space.log
+    space, folds, objective, current, _ = task
+    log = space.log
     line = space.quantile(np.array(_LINE)[:, None].repeat(space.n, axis=1)) if log.any() else current.repeat(0, 1)
     quarter = space.quantile(np.full((1, space.n), 0.25))
     as_they_are = torch.where(log, line, current)

@@ -16,7 +16,10 @@ _LOOKED_AT = 16  # rows, to see what a keyword does
 
 
 class Task(NamedTuple):
-    """What a search trains: all folds in one objective, and the estimator's own λ (n,)."""
+    """What a search trains: all folds in one objective.
+
+    ``current`` is the estimator's own λ, (n,), and ``seed`` that of the hyper-training.
+    """
 
     space: Space
     folds: list[Fold]

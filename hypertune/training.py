@@ -186,7 +186,8 @@ def _follow(
 
 def _response(task: Task, run: _Run, trace: Trace, sigma: Tensor | None) -> BestResponse:
     """What is kept of a run: one model of each fold, without its training rows."""
-    (space, folds, _, _, seed), phi, objective, K = task, run.phi, run.objective, len(task.folds)
+    space, folds, _, _, seed = task
+    phi, objective, K = run.phi, run.objective, len(folds)
     phi.keep(K)  # the other initial weights have done their part
     objective.forget_statistics_but_of(K)
     objective.remembered = objective.remembers()

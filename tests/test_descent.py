@@ -8,6 +8,8 @@ from torch.testing import assert_close
 
 from hypertune import MLP, HyperTrainingSearchCV, TorchClassifier, per_unit
 from hypertune.descent import Descent
+from hypertune.hypernetworks import Layout, Linear
+from hypertune.response_optimizers import PlainOptimizer, TangentOptimizer
 from hypertune.space import Space
 
 PRIOR = loguniform(1e-6, 1e1)
@@ -88,3 +90,27 @@ def test_in_a_long_run_the_steps_are_the_smaller(iris, monkeypatch):
             net, {"weight_decay": PRIOR}, cv=split, evaluate="hypernetwork", refit=False, random_state=0
         ).fit(*iris)
     assert found == [pytest.approx(2 * 0.05), pytest.approx(2 * 0.05 * 10 / 100)]
+
+
+def test_the_step_of_lam_falls_by_its_decay_and_never_below_zero():
+    space = Space.from_distributions({"weight_decay": loguniform(1e-6, 1e1)})
+    lam = torch.zeros(1)
+    descent = Descent(lam, space, lr=0.1, eps=1e-2, grain_scale=None, n_valid=10, decay=0.4)
+    seen = []
+    for _ in range(4):
+        seen.append(descent.param_groups[0]["lr"])
+        lam.grad = torch.ones(1)
+        descent.step()
+    assert seen == pytest.approx([0.1, 0.06, 0.02, 0.0])
+
+
+@pytest.mark.parametrize("kind", [PlainOptimizer, TangentOptimizer])
+def test_schedules_go_on_with_every_step_of_the_response(kind):
+    """Whether λ is sampled or not, and once a step."""
+    phi = Linear().build(torch.ones(1, 3), torch.zeros(2), Layout(torch.arange(3)))
+    optimizer = torch.optim.SGD(list(phi.parameters()) if kind is PlainOptimizer else [phi.w0], lr=1.0)
+    own = kind(phi, optimizer, schedules=[torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 / (1 + t))])
+    own.step_at_center(torch.ones(1, 3))
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1 / 2)
+    own.step(torch.ones(1, 2, 2), torch.ones(1, 2, 3))
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1 / 3)

@@ -228,6 +228,24 @@ def test_features_that_are_changed_one_by_one_are_features(iris, how):
     search(net, {"weight_decay": per_feature(loguniform(1e-4, 1e1))}).fit(*iris)
 
 
+class Sorted(nn.Module):
+    """Rows decide which layer is called."""
+
+    def __init__(self, n, m):
+        super().__init__()
+        self.first, self.second = nn.Linear(n, m), nn.Linear(n, m)
+
+    def forward(self, x):
+        return self.first(x) if len(x) < 5 else self.second(x)
+
+
+@pytest.mark.filterwarnings("ignore:The folds are trained one after the other")
+def test_a_layer_that_is_not_always_called_is_taken_for_the_first(iris):
+    net = TorchClassifier(Sorted, max_epochs=2, random_state=0)
+    found = search(net, {"weight_decay": per_feature(loguniform(1e-4, 1e1))}).fit(*iris)
+    assert np.shape(found.best_params_["weight_decay"]["first.weight"]) == (1, 4)
+
+
 class Frozen(nn.Module):
     def __init__(self, n, m):
         super().__init__()
