@@ -38,11 +38,11 @@ from hypertune.callbacks import CallbackSupportMixin, fit_task, with_callbacks
 from hypertune.factory import MLP, build
 from hypertune.functions import check_call, keywords_of, own_copy, with_keywords
 from hypertune.losses import Loss, as_loss
-from hypertune.modules import Reach
 from hypertune.net import Known
 from hypertune.objective import LOSS_HYPERPARAMETERS, NO_NOISE, Objective
 from hypertune.optimizers import LR_SCHEDULES, OPTIMIZERS, make_optimizer
 from hypertune.randomness import draw_seed, gradients, isolated, rng_state, set_rng_state
+from hypertune.reach import Reach
 from hypertune.stacked import arguments
 
 _OWNERS = ("module", "penalty", "augment")  # parameters whose own keywords are parameters

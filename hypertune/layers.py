@@ -1,8 +1,12 @@
-"""Layers of ours in the place of torch's, in our copies of the user's module: the same numbers, and what hyper-training needs of them."""
+"""Layers of ours in the place of torch's, in our copies of the user's module: the same numbers, and what hyper-training needs of them.
+
+And how plain stacks of layers run for many models at once.
+"""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +14,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hypertune.dropout import TensorAttention, TensorDropout
+from hypertune.modules import HOOKS
 from hypertune.recurrent import RECURRENT, TensorRecurrent
 
+_ELEMENTWISE = (
+    nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.ELU, nn.SELU, nn.LeakyReLU, nn.Softplus, nn.Hardtanh, nn.Identity,
+)  # fmt: skip
 _CHANNELWISE: dict[type[nn.Module], bool] = {
     nn.Dropout: False,
     nn.Dropout1d: True,
@@ -102,3 +110,49 @@ def differentiable_in_eval_mode(module: nn.Module) -> nn.Module:
         elif (own := _NORMS.get(type(sub))) is not None and sub.momentum != 0:
             sub.__class__ = own
     return module
+
+
+# --- plain stacks of layers -------------------------------------------------------------------------------------------------
+
+
+def plain_layers(module: nn.Module) -> list[tuple[str, nn.Module]] | None:
+    """The layers of an ``nn.Sequential`` of linear layers, activations and dropout, by name; None for any other module.
+
+    Such a module can be run for M models at once without vmap (:func:`run_layers`), at a fraction of the overhead.
+    """
+    if type(module) is not nn.Sequential or not _as_declared(module):
+        return None
+    layers = [(name, layer) for name, layer in module._modules.items() if layer is not None]  # with those that recur
+    recur = [layer for i, (_, layer) in enumerate(layers) if any(layer is before for _, before in layers[:i])]
+    if any(isinstance(layer, nn.Linear) for layer in recur):
+        return None  # its parameters have the first name only
+    if len(dict(module.named_parameters())) < len(dict(module.named_parameters(remove_duplicate=False))):
+        return None  # and so have those that layers share
+    for _, layer in layers:
+        flat = type(layer) is nn.Flatten and (layer.start_dim, layer.end_dim) == (1, -1)
+        if not (flat or type(layer) in (*_ELEMENTWISE, nn.Linear, TensorDropout)):
+            return None
+        if not _as_declared(layer) or (getattr(layer, "inplace", False) and type(layer) is not TensorDropout):
+            return None
+    return layers
+
+
+def _as_declared(module: nn.Module) -> bool:
+    """Whether the module does what its class says: it has no hooks, and no forward of its own."""
+    return not any(getattr(module, name) for name in HOOKS) and "forward" not in vars(module)
+
+
+def run_layers(layers: list[tuple[str, nn.Module]], named: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """M models at once: parameters by name, each (M, *shape), and rows x (M, B, ...) → outputs (M, B, outputs)."""
+    for name, layer in layers:
+        if type(layer) is nn.Linear:
+            weight, rows = named[f"{name}.weight"].transpose(1, 2), x.flatten(1, -2)
+            y = torch.baddbmm(named[f"{name}.bias"][:, None], rows, weight) if layer.bias is not None else rows @ weight
+            x = y if x.dim() == 3 else y.unflatten(1, x.shape[1:-1])
+        elif type(layer) is TensorDropout:
+            x = layer.of_models(x)
+        elif type(layer) is nn.Flatten:
+            x = x.flatten(2)
+        else:
+            x = layer(x)
+    return x

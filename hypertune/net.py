@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from hypertune.batches import Rows
-from hypertune.modules import Reach
 from hypertune.objective import Objective
+from hypertune.reach import Reach
 
 
 class Net(Protocol):

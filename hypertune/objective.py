@@ -37,8 +37,8 @@ from hypertune.batches import Batch, Rows
 from hypertune.dropout import Value, is_zero
 from hypertune.functions import own_copy
 from hypertune.losses import CustomLoss, Loss
-from hypertune.modules import Reach
 from hypertune.penalties import half_squares, half_squares_of, of_models
+from hypertune.reach import Reach
 from hypertune.stacked import StackedModule
 
 # Hyperparameters of the loss itself, with the interval in which each has a meaning.
@@ -138,7 +138,7 @@ class Objective(StackedModule):
             if not its:
                 raise ValueError(f"the layer that sees the features, {self.first!r}, has no weights that are trained")
             first = next((k for k in its if shapes[k][1:2] == (n_features,)), its[0])
-            shape, layer = shapes[first], self._modules[False].get_submodule(first.rpartition(".")[0])
+            shape, layer = shapes[first], self.modules[False].get_submodule(first.rpartition(".")[0])
             if shape[1:2] != (n_features,) or isinstance(layer, nn.Embedding) or not self.first_sees_features:
                 raise ValueError(
                     f"the first layer's weight {first!r} has shape {tuple(shape)}, and not one column for each of the "

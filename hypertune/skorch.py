@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from hypertune.batches import Rows
 from hypertune.functions import keywords_of
 from hypertune.losses import CustomLoss, cross_entropy
-from hypertune.modules import Reach
 from hypertune.objective import Objective
 from hypertune.optimizers import scheduled
 from hypertune.randomness import isolated
+from hypertune.reach import Reach
 
 _OWN_LOSSES = {cls.get_loss for cls in (NeuralNet, NeuralNetClassifier, NeuralNetBinaryClassifier)}
 

@@ -12,33 +12,22 @@ run by batched matrix products, other modules under ``torch.func.vmap``, and tho
 from __future__ import annotations
 
 import copy
-import math
-import warnings
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_batchedtensor
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from hypertune.dropout import Drops, Value
-from hypertune.layers import differentiable_in_eval_mode, with_own_layers
-from hypertune.modules import OF_EVERY_MODULE, Reach, plain_layers, run_layers
+from hypertune.layers import differentiable_in_eval_mode, plain_layers, run_layers, with_own_layers
 from hypertune.randomness import ONE_AT_A_TIME, rng_state, set_rng_state
-from hypertune.recurrent import TensorRecurrent
+from hypertune.reach import Reach
 
-_CONTAINERS = (list, tuple, dict, deque)
-_CONVOLVED = 1_000_000  # multiplications for a row: larger convolutions are slower together, on a CPU
-# What is better one after the other sooner: steps through a sequence (torch's own LSTM is the fastest of them), and attention.
-_RECURRENT, _LSTM, _ATTENTION = 400_000, 40_000, 250_000
-_LOOKED_AT = 8  # columns
 _DROPOUT = 3  # the first of its streams of random numbers; those before are for whoever uses the module
 
 
@@ -61,13 +50,17 @@ class StackedModule:
     D : int
         Number of trained weights.
     cost : int
-        Multiplications by weights for one row, as :meth:`examine` counts them (D before that): a convolution has more than weights.
+        Multiplications by weights for one row: D, unless :func:`hypertune.examination.examine` counts more (a convolution has).
     stacked : bool
-        Whether M models share one pass. Set to False by :meth:`examine` for modules that cannot, or had better not.
+        Whether M models share one pass. Set to False by the examination for modules that cannot, or had better not.
     first : str
-        Name of the first layer with weights that was called in :meth:`examine`; empty if that is the module itself, and before that.
+        Name of the first layer with weights that the examination saw called; empty if that is the module itself, and before that.
     first_sees_features : bool
-        What :meth:`sees_features` said, if it was asked.
+        What :func:`hypertune.examination.sees_features` said, if it was asked.
+    fresh : nn.Module
+        The copy that is never run: what a module counts or remembers begins here.
+    modules, layers : dict from bool to nn.Module, to list or None
+        The copies that are run, in training (True) and in eval mode (False), and their layers if they are plain stacks.
     remembered : dict or None
         What :meth:`remembers` said at the end of a training; None before that.
     statistics : dict from str to Tensor of shape (models, ...)
@@ -85,7 +78,7 @@ class StackedModule:
         self.reach, self.inputs = dict(reach or {}), inputs
         self.stacked, self.first, self.first_sees_features = True, "", True
         self._written = [k for k, b in module.named_buffers() if b.layout == torch.strided]
-        self._fresh = with_own_layers(module)  # is never run: what a module counts or remembers begins here
+        self.fresh = with_own_layers(module)
         self._begin_anew()
         self.remembered: dict[tuple[str, str], Any] | None = None
         self._seed = 0
@@ -99,15 +92,15 @@ class StackedModule:
 
     def _begin_anew(self) -> None:
         """Copies of the module for training and for eval mode, in the state in which it was built. All share their parameters."""
-        shared = {id(p): p for p in self._fresh.parameters()}
-        training, evaluation = (copy.deepcopy(self._fresh, dict(shared)) for _ in range(2))
-        self._modules = {True: training.train(), False: differentiable_in_eval_mode(evaluation)}
-        self._layers = {mode: plain_layers(own) for mode, own in self._modules.items()}
+        shared = {id(p): p for p in self.fresh.parameters()}
+        training, evaluation = (copy.deepcopy(self.fresh, dict(shared)) for _ in range(2))
+        self.modules = {True: training.train(), False: differentiable_in_eval_mode(evaluation)}
+        self.layers = {mode: plain_layers(own) for mode, own in self.modules.items()}
         self._dropouts = [sub for sub in training.modules() if isinstance(sub, Drops)]
 
     def __getstate__(self) -> dict[str, Any]:
         # What a module remembers of a stacked pass cannot be pickled.
-        return {k: v for k, v in vars(self).items() if k not in ("_modules", "_layers", "_dropouts")}
+        return {k: v for k, v in vars(self).items() if k not in ("modules", "layers", "_dropouts")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -117,11 +110,11 @@ class StackedModule:
 
     def initial_weights(self) -> Tensor:
         """The module's own parameters as one vector, shape (D,)."""
-        return flat_weights(self._fresh)
+        return flat_weights(self.fresh)
 
     def forget_weights(self) -> None:
         """Replace the module's parameters by zeros that take no memory: for a caller that holds its own weights."""
-        for p in self._fresh.parameters():
+        for p in self.fresh.parameters():
             if p.requires_grad:
                 p.data = p.new_zeros(()).expand(p.shape)
 
@@ -169,8 +162,8 @@ class StackedModule:
     def remembers(self) -> dict[tuple[str, str], Any]:
         """By submodule and name: tensors that are plain attributes, and numbers that training changed (a step, a temperature)."""
         found: dict[tuple[str, str], Any] = {}
-        for path, sub in self._fresh.named_modules():
-            now = vars(self._modules[True].get_submodule(path))
+        for path, sub in self.fresh.named_modules():
+            now = vars(self.modules[True].get_submodule(path))
             for name, before in vars(sub).items():
                 if name == "training":  # is set for every pass
                     continue
@@ -187,10 +180,15 @@ class StackedModule:
 
     def keep_statistics_of(self, models: int) -> None:
         """Begin with the module's own buffers for so many models, each of which keeps its own from here on."""
-        own = {k: b.detach() for k, b in self._fresh.named_buffers()}
+        own = {k: b.detach() for k, b in self.fresh.named_buffers()}
         self.statistics = {k: own[k].repeat(models, *(1,) * own[k].dim()) for k in self._written}
         self._constant_buffers = {k: b for k, b in own.items() if k not in self._written}
         self._models, self._each = models, 1
+
+    def keep_statistics_of_those(self, names: list[str]) -> None:
+        """Keep only those buffers that training writes into, by name; the others are constants."""
+        self._written = names
+        self.keep_statistics_of(self._models)
 
     def forget_statistics_but_of(self, folds: int) -> None:
         """Let go of the buffers of all but the first so many models."""
@@ -207,7 +205,7 @@ class StackedModule:
 
     @property
     def has_statistics(self) -> bool:
-        """Whether training writes into buffers (BatchNorm's running statistics), as :meth:`examine` found out."""
+        """Whether training writes into buffers (BatchNorm's running statistics), as the examination found out."""
         return bool(self._written)
 
     def _statistics_of(self, models: int, fold: int | None, keep: bool) -> dict[str, Tensor]:
@@ -221,180 +219,6 @@ class StackedModule:
             else:
                 found[k] = b[:models] if keep else b[:models].clone()
         return found
-
-    # what the module can do
-
-    def examine(self, x: Tensor, values: Mapping[str, float]) -> None:
-        """Find out ``first``, ``cost``, which buffers training writes into, and whether M models share one pass.
-
-        Where the module does not work under vmap, models run one after the other, with a warning; where that is only faster, without one.
-
-        Parameters
-        ----------
-        x : Tensor of shape (B, ...)
-            A few rows.
-        values : mapping from str to float
-            A setting of the tuned hyperparameters.
-        """
-        w = self.initial_weights()[None]
-        with torch.no_grad(), self._noting_calls():
-            self.outputs(self.named(w), x[None], values, training=False, fold=0)
-        if (layers := self._layers[False]) is not None:  # these are not called, but run
-            self.first = next((name for name, layer in layers if isinstance(layer, nn.Linear)), "")
-        noise, counter = rng_state(x.device), FlopCounterMode(display=False)
-        # It cannot count where a forward differentiates, nor inside the fused kernels of recurrent layers.
-        with torch.no_grad(), suppress(Exception), self._step_by_step(), counter:
-            self.outputs(self.named(w), x[None], values, training=False, fold=0)
-        set_rng_state(noise, x.device)
-        self.cost = max(self.D, counter.get_total_flops() // (2 * len(x)))
-        run = partial(self._run, x, values, noise)
-        if self.statistics:
-            trained, before = run(1, True).module, self.with_statistics_of(1, 1).statistics
-            self._written = [k for k, b in trained.statistics.items() if not _same(before[k], b)]
-            self.keep_statistics_of(self._models)
-        if self._layers[True] is None and self.cost > self._most_together(x.device):
-            self.stacked = False
-            return
-        try:
-            for training in (True, False):
-                self._compare(run, training, noise, x.device)
-        except Exception as error:
-            self.stacked = False
-            why = (str(error).partition(" We don't support")[0].splitlines() or [type(error).__name__])[0]
-            warnings.warn(
-                f"The folds are trained one after the other: {type(self._modules[True]).__name__} does not work under "
-                f"torch.func.vmap ({why}). What does not: packed or unbatched sequences, subclasses of torch's recurrent layers, branches that depend on values, F.dropout with a tuned "
-                "rate (nn.Dropout does).",
-                UserWarning,
-                stacklevel=2,
-            )
-
-    def _run(self, x: Tensor, values: Mapping[str, float], noise: Any, models: int, training: bool) -> _Run:
-        """So many of the same, under the same random numbers."""
-        module = self.with_statistics_of(1, models)
-        w = self.initial_weights().expand(models, -1).clone().requires_grad_()
-        set_rng_state(noise, x.device)
-        rates = {k: w.new_tensor([v] * models) for k, v in values.items()} if models > 1 else values
-        outputs = module.outputs(module.named(w), x.expand(models, *x.shape), rates, training=training)
-        (gradient,) = torch.autograd.grad(outputs.square().sum(), w)
-        return _Run(module, outputs.detach(), gradient)
-
-    def _compare(self, run: Callable[[int, bool], _Run], training: bool, noise: Any, device: torch.device) -> None:
-        """Raise if two models in one pass are not what each is alone."""
-        one = run(1, training)
-        drew = device.type != "cpu" and not _same_state(noise, rng_state(device))
-        two = run(2, training)
-        if name := two.module._replaced():
-            raise RuntimeError(f"it replaces a tensor of its own, {name!r}: make that a buffer")
-        if drew:  # vmap draws by other kernels there
-            return
-        buffers = [(one.module.statistics[k], b) for k, b in two.module.statistics.items()]
-        for alone, both in [*buffers, (one.outputs, two.outputs), (one.gradient, two.gradient)]:
-            close = 1e-3 * float(alone.abs().max()) + 1e-6
-            torch.testing.assert_close(both, alone.expand_as(both), rtol=1e-3, atol=close, equal_nan=True)
-
-    def _most_together(self, device: torch.device) -> float:
-        """Multiplications for a row beyond which models are faster one after the other."""
-        if recurrent := self._recurrent():
-            return _LSTM if any(isinstance(sub, nn.LSTM) for sub in recurrent) else _RECURRENT
-        if device.type != "cpu":
-            return math.inf
-        attends = any(isinstance(sub, nn.MultiheadAttention) for sub in self._fresh.modules())
-        return _ATTENTION if attends else max(_CONVOLVED, 4 * self.D)
-
-    def _recurrent(self) -> list[TensorRecurrent]:
-        return [sub for sub in self._modules[False].modules() if isinstance(sub, TensorRecurrent)]
-
-    @contextmanager
-    def _step_by_step(self) -> Iterator[None]:
-        """In eval mode without the fused kernels of recurrent layers."""
-        for layer in self._recurrent():
-            layer.fused = False
-        try:
-            yield
-        finally:
-            for layer in self._recurrent():
-                layer.fused = True
-
-    def _replaced(self) -> str:
-        """The name of a plain attribute, if there is one, that a stacked pass put a tensor for all models in."""
-        for path, sub in self._fresh.named_modules():
-            now = vars(self._modules[True].get_submodule(path))
-            for name, before in vars(sub).items():
-                may_hold = before is None or isinstance(before, (Tensor, *_CONTAINERS))
-                if name in OF_EVERY_MODULE or not may_hold:
-                    continue
-                if any(is_batchedtensor(t) for t in _tensors(now.get(name))):
-                    return name
-        return ""
-
-    @contextmanager
-    def _noting_calls(self) -> Iterator[None]:
-        """In the first pass: which layer with weights is called first."""
-
-        def note(path: str, *_: Any) -> None:
-            self.first = self.first or path
-
-        layers = [
-            (path, sub)
-            for path, sub in self._modules[False].named_modules()
-            if {name for name, _ in sub.named_children()} <= {"parametrizations"}
-            and any(p.dim() > 1 for p in sub.parameters())
-        ]
-        hooks = [layer.register_forward_pre_hook(partial(note, path)) for path, layer in layers]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def sees_features(self, x: Tensor, values: Mapping[str, float]) -> bool:
-        """Whether column (or channel) j of what enters the layer ``first`` is feature (or channel) j of the rows x (B, ...), maybe normalised.
-
-        Some columns are shuffled, one after the other: their own must change most. What cannot be told so is taken for the features.
-        """
-        if self._layers[False] is not None:
-            return True
-        layer, columns = self._modules[False].get_submodule(self.first), x.shape[1]
-        named, noise = self.named(self.initial_weights()[None]), rng_state(x.device)
-
-        def entering(rows: Tensor) -> Any:
-            """What the layer is called with; None where it is not called for these rows."""
-            seen: list[Any] = []
-            hook = layer.register_forward_pre_hook(
-                lambda _, args, kwargs: seen.extend([*args, *kwargs.values()][:1]), with_kwargs=True
-            )
-            try:
-                with torch.no_grad():
-                    set_rng_state(noise, x.device)
-                    self.outputs(named, rows[None], values, training=False, fold=0)
-            finally:
-                hook.remove()
-            return seen[0] if seen else None
-
-        before = entering(x)
-        if before is None:
-            return True
-        if isinstance(layer, nn.Embedding) or before.numel() != x.numel():
-            return False
-        for j in np.unique(np.linspace(0, columns - 1, _LOOKED_AT).astype(int)):
-            rows = x.clone()
-            rows[:, j] = rows[:, j].roll(1, dims=0)
-            if (after := entering(rows)) is None:
-                continue
-            moved = (after - before).abs().reshape(x.shape).transpose(0, 1).flatten(1).sum(1)
-            if moved[j] < moved.max():
-                return False
-        return True
-
-    def reads_in_eval_mode(self, x: Tensor, keyword: str, values: Sequence[float]) -> bool:
-        """Whether the outputs for rows x (B, ...) in eval mode depend on a factory keyword's value."""
-        w, noise = self.initial_weights()[None], rng_state(x.device)
-        named, found = self.named(w + 0.1 * torch.randn_like(w)), []  # a layer may begin with zeros
-        for value in values:
-            set_rng_state(noise, x.device)
-            found.append(self.outputs(named, x[None], {keyword: float(value)}, training=False, fold=0))
-        return any(not _same(found[0], other) for other in found[1:])
 
     # the pass
 
@@ -433,7 +257,7 @@ class StackedModule:
             Whose buffers, if all M models belong to one fold: one set for all of them, or one for each.
         """
         rates = {name: values[name] for name in self.reach if name in values}
-        if (layers := self._layers[training]) is not None and self.inputs is None and self.stacked:
+        if (layers := self.layers[training]) is not None and self.inputs is None and self.stacked:
             with self._set(training, rates):
                 constants = {k: c.expand(len(x), *c.shape) for k, c in self._constants.items()}
                 return run_layers(layers, {**named, **constants}, x)
@@ -469,9 +293,9 @@ class StackedModule:
             args, kwargs = arguments(x, self.inputs)
             state = {**named, **self._constants, **self._constant_buffers, **buffers}
             try:
-                outputs = functional_call(self._modules[training], state, args, kwargs, strict=True)
+                outputs = functional_call(self.modules[training], state, args, kwargs, strict=True)
             except IndexError as error:
-                if not any(isinstance(sub, nn.Embedding) for sub in self._modules[training].modules()):
+                if not any(isinstance(sub, nn.Embedding) for sub in self.modules[training].modules()):
                     raise
                 raise IndexError(
                     f"{error} (an embedding's codes go from 0 to num_embeddings - 1; name their columns in the estimator's `inputs`, so that "
@@ -487,7 +311,7 @@ class StackedModule:
     @contextmanager
     def _set(self, training: bool, rates: Mapping[str, Value]) -> Iterator[None]:
         """Put the values of factory keywords where they arrive in the module, and leave none of them behind."""
-        module, changed = self._modules[training], []
+        module, changed = self.modules[training], []
         try:
             for keyword, rate in rates.items():
                 for path, name, a, b in self.reach[keyword]:
@@ -502,14 +326,6 @@ class StackedModule:
                 setattr(sub, name, value)
 
 
-class _Run(NamedTuple):
-    """M copies of a module after a pass, their outputs (M, B, ...), and the gradient (M, D) of the outputs' squares."""
-
-    module: StackedModule
-    outputs: Tensor
-    gradient: Tensor
-
-
 @contextmanager
 def _no_fast_path() -> Iterator[None]:
     """Without attention's fast path of eval mode: it has no derivative, and vmap hides from torch that one is needed."""
@@ -521,22 +337,6 @@ def _no_fast_path() -> Iterator[None]:
             yield
         finally:
             mha.set_fastpath_enabled(enabled)
-
-
-def _tensors(value: Any, depth: int = 2) -> list[Tensor]:
-    """A tensor, or those in a container, or in one inside it."""
-    if not isinstance(value, _CONTAINERS):
-        return [value] if isinstance(value, Tensor) else []
-    inside = value.values() if isinstance(value, dict) else value
-    return [t for one in inside for t in _tensors(one, depth - 1)] if depth else []
-
-
-def _same_state(one: tuple[Tensor, Tensor | None], other: tuple[Tensor, Tensor | None]) -> bool:
-    return all(a is None or torch.equal(a, b) for a, b in zip(one, other, strict=True))  # type: ignore[arg-type]
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return torch.allclose(one, other, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def flat_weights(module: nn.Module) -> Tensor:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from hypertune.examination import examine, reads_in_eval_mode, sees_features
 from hypertune.folds import Fold
 from hypertune.objective import NO_NOISE, Objective
 from hypertune.randomness import isolated
@@ -55,17 +56,17 @@ def stack(space: Space, folds: list[Fold], n_rows: int, seed: int) -> tuple[Spac
         for h in space.hyperparameters:
             if h.own not in reaches:
                 continue
-            if objective.reads_in_eval_mode(x, h.own, h.prior.ppf([0.01, 0.99])):
+            if reads_in_eval_mode(objective, x, h.own, h.prior.ppf([0.01, 0.99])):
                 raise ValueError(
                     f"param_distributions[{h.name!r}]: the module reads it in eval mode, too. The gradient is that of a validation loss "
                     f"which depends on it through the weights alone, as on a dropout rate. Set it on the estimator, or give it to {OUTER}."
                 )
             check_reach(net, objective, folds[0].train.x[:_LOOKED_AT], h, seed)
-        objective.examine(x, {own: settings[own] for own in reaches})
+        examine(objective, x, {own: settings[own] for own in reaches})
         if any(h.grain == "feature" for h in space.hyperparameters):
             everything = folds[0].train.x
             spread = everything[:: max(1, len(everything) // _LOOKED_AT)]  # the first ones may be of one class
-            objective.first_sees_features = objective.sees_features(spread, {own: settings[own] for own in reaches})
+            objective.first_sees_features = sees_features(objective, spread, {own: settings[own] for own in reaches})
         names = {h.name for h in space.hyperparameters if h.own in ("input_noise", "mixup")}
         if names and not objective.feels_noise:
             raise ValueError(f"param_distributions[{min(names)!r}]: it {NO_NOISE}")

@@ -29,7 +29,7 @@ from hypertune.losses import nats_per_unit
 from hypertune.objective import Objective
 from hypertune.problem import COSTLY, differentiable, layout_of, make_problem
 from hypertune.randomness import isolated
-from hypertune.recipes import Recipe, choose, phi_optimizer, stream
+from hypertune.recipes import Recipe, choose, stream
 from hypertune.response import BestResponse
 from hypertune.stacked import flat_weights
 from hypertune.task import Task
@@ -81,13 +81,15 @@ def hyper_train(
     begin, (space, folds, objective, _, seed) = time.perf_counter(), task
     net = folds[0].net
     with isolated(seed, net.device):  # a penalty may draw
-        recipe = choose(algorithm, space, differentiable(space, objective))
+        recipe = choose(
+            algorithm, space, differentiable(space, objective),
+            scale=scale, n_samples=n_samples, response_optimizer=response_optimizer,
+        )  # fmt: skip
     with isolated(seed, net.device):
         run = _begin(task, start, recipe, hypernetwork, n_inits)
         per_epoch = run.train_batches.steps_per_epoch
         steps = max_epochs * per_epoch
-        phi_steps, every = recipe.phi_steps(steps), recipe.every(response_optimizer)
-        first = phi_steps if phi_steps < steps else int(warmup * steps)
+        first, every = recipe.first_move(steps, warmup), recipe.every
         # λ̂ moves once in `every` steps, and as far as if it did in all of them; in a long run no further than in a shorter one.
         descent = Descent(
             run.lam_hat, space, lr=every * hyper_lr * min(1.0, _FULL_PACE / steps), eps=hyper_eps, grain_scale=grain_scale,
@@ -95,8 +97,8 @@ def hyper_train(
             n_valid=sum(len(fold.valid.x) for fold in folds),
         )  # fmt: skip
         taken = stream(
-            recipe, run.problem, run.phi, run.lam_hat, phi_optimizer(net, run.phi, response_optimizer, phi_steps), descent, space,
-            scale=scale, m=n_samples, warmup=first, every=every, phi_steps=phi_steps, seed=seed,
+            recipe, run.problem, run.phi, run.lam_hat, recipe.phi_optimizer(net, run.phi, steps), descent,
+            steps=steps, warmup=warmup, seed=seed,
         )  # fmt: skip
         trace = Trace(
             task._replace(objective=run.objective), run.phi, run.lam_hat,
@@ -121,7 +123,7 @@ def hyper_train(
             )
         for _ in range(_SETTLING if run.objective.has_statistics else 0):  # running statistics at the tuned setting
             settle(run.problem, run.phi, trace.average(), next(run.train_batches))
-    return _response(task, run, trace, recipe.sigma(scale)), {
+    return _response(task, run, trace, recipe.sigma), {
         "algorithm": f"{recipe.name}: {recipe.reason}",
         **trace.arrays(),
     }

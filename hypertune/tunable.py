@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hypertune.modules import Reach, find_reach
 from hypertune.net import Net
 from hypertune.objective import LOSS_HYPERPARAMETERS, Objective
 from hypertune.randomness import isolated
+from hypertune.reach import Reach, find_reach
 from hypertune.space import OUTER, Grain, Hyperparameter, Shape, Space
 
 _ALIKE = 5  # modules that are built at one value

@@ -11,8 +11,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from hypertune import HyperTrainingSearchCV, TorchClassifier, model_factory
+from hypertune.examination import examine
 from hypertune.layers import with_own_layers
-from hypertune.modules import find_reach
+from hypertune.reach import find_reach
 from hypertune.stacked import StackedModule
 from tests.searches import assert_scores_are_those_of_own_fits
 
@@ -87,7 +88,7 @@ def test_models_of_different_attention_dropout_have_the_noise_that_each_has_alon
     stacked = StackedModule(Encoder(dropout=0.1)((5, 3), 2).double(), reach={"dropout": reach})
     x, rates = torch.randn(7, 5, 3, dtype=torch.float64), torch.tensor([0.0, 0.1, 0.6], dtype=torch.float64)
     assert any(r.path.endswith("self_attn") for r in reach)
-    stacked.examine(x, {"dropout": 0.2})
+    examine(stacked, x, {"dropout": 0.2})
     assert stacked.stacked
     stacked.draw_streams()
     w = stacked.initial_weights().repeat(3, 1)
@@ -138,7 +139,7 @@ def test_large_attention_is_faster_one_after_the_other():
 
     for width, together in ((8, True), (128, False)):
         stacked = StackedModule(Attends(width))
-        stacked.examine(torch.zeros(2, 10, width), {})
+        examine(stacked, torch.zeros(2, 10, width), {})
         assert stacked.stacked == together
 
 

@@ -8,9 +8,9 @@ from torch.testing import assert_close
 
 from hypertune.batches import Batch, Minibatches, Rows
 from hypertune.losses import CustomLoss, as_loss, cross_entropy, one_hot_squared_error
-from hypertune.modules import find_reach
 from hypertune.objective import Objective
 from hypertune.penalties import half_squares, half_squares_of
+from hypertune.reach import find_reach
 
 
 def _net(dropout: float = 0.0) -> nn.Module:

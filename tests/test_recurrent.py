@@ -15,8 +15,9 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.testing import assert_close
 
 from hypertune import HyperTrainingSearchCV, TorchClassifier, model_factory
+from hypertune.examination import examine
 from hypertune.layers import differentiable_in_eval_mode, with_own_layers
-from hypertune.modules import find_reach
+from hypertune.reach import find_reach
 from hypertune.stacked import StackedModule
 from tests.searches import assert_scores_are_those_of_own_fits
 
@@ -96,7 +97,7 @@ def test_cells_are_what_torch_computes(kind, more, bias):
     stacked = StackedModule(module)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # torch's that it falls back to a loop
-        stacked.examine(x[0], {})
+        examine(stacked, x[0], {})
     w = stacked.initial_weights() + 0.3 * torch.randn(3, stacked.D, dtype=torch.float64)
     together = stacked.outputs(stacked.named(w), x, {}, training=True)
     for m in range(3):
@@ -120,7 +121,7 @@ def test_the_dropout_between_layers_may_be_different_for_each_model(kind):
     factory = lambda n, m, dropout=0.2: Deep(dropout)  # noqa: E731
     reach = find_reach(lambda rate: factory(0, 0, rate), 0.1, 0.5)
     stacked, x = StackedModule(Deep(0.2).double(), reach={"dropout": reach}), torch.randn(7, 6, 3, dtype=torch.float64)
-    stacked.examine(x, {"dropout": 0.2})
+    examine(stacked, x, {"dropout": 0.2})
     assert stacked.stacked
     stacked.draw_streams()
     w, rates = stacked.initial_weights().repeat(3, 1), torch.tensor([0.0, 0.2, 0.7], dtype=torch.float64)
@@ -204,7 +205,7 @@ def test_what_is_faster_one_after_the_other_is_so_without_a_word(kind, steps, to
             return self.rnn(x)[0][:, -1]
 
     stacked = StackedModule(Last())
-    stacked.examine(torch.zeros(2, steps, 2), {})
+    examine(stacked, torch.zeros(2, steps, 2), {})
     assert stacked.stacked == together
     assert stacked.cost == pytest.approx(steps * sum(p.numel() for p in Last().parameters() if p.dim() > 1))
 
@@ -224,7 +225,7 @@ def test_the_state_of_an_lstm_may_be_a_list(cell):
     stacked = StackedModule(Given())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        stacked.examine(torch.randn(2, 5, 3), {})
+        examine(stacked, torch.randn(2, 5, 3), {})
     assert stacked.stacked
 
 
@@ -240,5 +241,5 @@ def test_a_frozen_layer_that_begins_where_a_trained_one_ended():
     stacked = StackedModule(Decoding())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        stacked.examine(torch.randn(2, 3), {})
+        examine(stacked, torch.randn(2, 3), {})
     assert stacked.stacked

@@ -318,7 +318,8 @@ def test_a_search_that_chooses_the_scale_starts_each_time_where_it_said(iris, mo
     """In float64, too, where λ̂ needs no conversion: four hyper-trainings and the last begin at one λ̂."""
     starts = []
     monkeypatch.setattr(
-        "hypertune.training.choose", lambda *args: starts.append(monitored["start"].clone()) or choose(*args)
+        "hypertune.training.choose",
+        lambda *args, **own: starts.append(monitored["start"].clone()) or choose(*args, **own),
     )
     monitored = {}
     tuner = HyperTrainingSearchCV._tuner

@@ -9,10 +9,11 @@ from torch import nn
 from torch.testing import assert_close
 
 from hypertune.batches import Batch
+from hypertune.examination import examine
 from hypertune.layers import differentiable_in_eval_mode
 from hypertune.losses import cross_entropy, squared_error
-from hypertune.modules import find_reach
 from hypertune.objective import Objective
+from hypertune.reach import find_reach
 from hypertune.stacked import StackedModule
 
 
@@ -53,7 +54,7 @@ def batch() -> Batch:
 def test_our_dropout_drops_what_torchs_drops(layer: type[nn.Module], shape: tuple[int, ...]):
     """Rate, scaling and channelwise masks."""
     objective = Objective(nn.Sequential(layer(0.3), nn.Linear(shape[-1], 1)), squared_error)
-    drop = objective._modules[True][0]
+    drop = objective.modules[True][0]
     out = drop(torch.ones(shape))
     assert out.unique().tolist() == pytest.approx([0.0, 1 / 0.7])
     assert float((out == 0).float().mean()) == pytest.approx(0.3, abs=0.05)
@@ -90,7 +91,7 @@ def test_running_statistics_are_kept_per_fold(batch: Batch):
     net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)).double()
     objective = Objective(net, cross_entropy, folds=2)
     before = {k: b.clone() for k, b in objective.statistics.items()}
-    objective.examine(batch.x[0], {})
+    examine(objective, batch.x[0], {})
     assert objective.stacked
     assert all(torch.equal(objective.statistics[k], b) for k, b in before.items())
     w = objective.initial_weights().expand(2, -1)
@@ -105,7 +106,7 @@ def test_in_the_gradient_of_the_validation_loss_running_statistics_respond_to_th
     net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6, momentum=1.0), nn.Tanh(), nn.Linear(6, 3)).double()
     objective = Objective(net, cross_entropy)
     rows = Batch(torch.cat([batch.x, batch.x.flip(2)], 1), batch.y.repeat(1, 2))
-    objective.examine(batch.x[0], {})
+    examine(objective, batch.x[0], {})
     g = torch.Generator().manual_seed(0)
     w, direction = (torch.randn(2, objective.D, generator=g, dtype=torch.float64) for _ in range(2))
 
@@ -219,7 +220,7 @@ def test_running_statistics_of_a_stacked_pass_are_those_of_one_model_after_the_o
     w = torch.randn(4, stacked.D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     found = []
     for objective in (stacked, looped):
-        objective.examine(batch.x[0], {}) if objective.stacked else None
+        examine(objective, batch.x[0], {}) if objective.stacked else None
         torch.manual_seed(0)
         losses = [objective.train_loss(w[:2], {}, rows), objective.train_loss(w[2:], {}, rows)]
         kept = {k: b.clone() for k, b in objective.statistics.items()}
@@ -239,7 +240,7 @@ def test_running_statistics_of_a_stacked_pass_are_those_of_one_model_after_the_o
 
 def test_of_buffers_those_that_training_writes_are_kept_per_model(batch: Batch):
     objective = Objective(Averaging(), cross_entropy, folds=2)
-    objective.examine(batch.x[0], {})
+    examine(objective, batch.x[0], {})
     assert objective.stacked
     assert {k: b.shape for k, b in objective.statistics.items()} == {"mean": (2, 4)}
     rows = Batch(torch.cat([batch.x, batch.x + 5]), torch.cat([batch.y, batch.y]))
@@ -262,7 +263,7 @@ def test_attention_in_threads_leaves_the_choices_of_the_process(batch: Batch):
             return self.out(self.layer(x[:, None])[:, 0])
 
     objective = Objective(Attending().double(), cross_entropy)
-    objective.examine(batch.x[0], {})
+    examine(objective, batch.x[0], {})
     assert objective.stacked
     w = objective.initial_weights().repeat(3, 1)
     choices = torch.backends.mha.get_fastpath_enabled, torch.backends.cuda.flash_sdp_enabled
@@ -276,15 +277,15 @@ def test_a_convolution_costs_its_multiplications_and_a_layer_its_weights():
     x = torch.zeros(2, 1, 8, 8)
     convolution = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(256, 2))
     objective = Objective(convolution, cross_entropy)
-    objective.examine(x, {})
+    examine(objective, x, {})
     assert objective.cost == 64 * 9 * 4 + 512
     assert objective.stacked
     large = nn.Sequential(nn.Conv2d(1, 32, 3, padding=1), nn.Flatten(), nn.Linear(32 * 64 * 64, 2))
     objective = Objective(large, cross_entropy)
-    objective.examine(torch.zeros(2, 1, 64, 64), {})
+    examine(objective, torch.zeros(2, 1, 64, 64), {})
     assert not objective.stacked  # on a CPU one after the other is faster
     objective = Objective(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), cross_entropy)
-    objective.examine(torch.zeros(2, 4), {})
+    examine(objective, torch.zeros(2, 4), {})
     assert objective.cost == objective.D
 
 
@@ -299,20 +300,20 @@ def test_a_module_that_cannot_be_stacked_falls_back_with_one_warning(batch: Batc
 
     objective = Objective(Branching(), cross_entropy)
     with pytest.warns(UserWarning, match=r"one after the other: Branching does not work under torch.func.vmap"):
-        objective.examine(batch.x[0], {})
+        examine(objective, batch.x[0], {})
     assert objective.valid_loss(torch.randn(2, objective.D, dtype=torch.float64), batch.repeat(2)).shape == (2,)
 
 
 def test_every_model_may_keep_running_statistics_of_its_own(batch: Batch):
     objective = Objective(_normed(), cross_entropy)
-    objective.examine(batch.x[0], {})
+    examine(objective, batch.x[0], {})
     objective.keep_statistics_of(3)
     w = torch.randn(3, objective.D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     objective.train_loss(w, {}, Batch(batch.x[:1].repeat(3, 1, 1), batch.y[:1].repeat(3, 1)))
     kept = objective.statistics["1.running_mean"]
     for i in range(3):
         alone = Objective(_normed(), cross_entropy)
-        alone.examine(batch.x[0], {})
+        examine(alone, batch.x[0], {})
         alone.train_loss(w[i : i + 1], {}, Batch(batch.x[:1], batch.y[:1]))
         assert_close(kept[i], alone.statistics["1.running_mean"][0])
     objective.forget_statistics_but_of(1)
@@ -332,9 +333,9 @@ def test_a_layer_that_recurs_runs_wherever_it_stands(batch: Batch, build):
     objective = Objective(module, cross_entropy)
     w, x = objective.initial_weights()[None], batch.x
     assert_close(objective.predict(w, x)[0], module.eval()(x[0]))
-    assert sum(isinstance(m, nn.Dropout) for m in objective._modules[True].modules()) == 0
+    assert sum(isinstance(m, nn.Dropout) for m in objective.modules[True].modules()) == 0
     torch.manual_seed(1)  # the rates of both places are one number
-    for sub in objective._modules[True].modules():
+    for sub in objective.modules[True].modules():
         if hasattr(sub, "channelwise"):
             sub.p = 0.0
     trained = objective.outputs(objective.named(w), x, {}, training=True)
@@ -384,5 +385,5 @@ def test_containers_that_hold_themselves_are_looked_into_no_further():
             self.tree["root"] = self.tree
 
     stacked = StackedModule(Cyclic())
-    stacked.examine(torch.zeros(2, 3), {})
+    examine(stacked, torch.zeros(2, 3), {})
     assert stacked.stacked
