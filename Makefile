@@ -13,7 +13,7 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip install --quiet --editable ".[test]"
 	touch $@
 
-demo: $(VENV)/.installed  ## Tune an MLP on digits, next to TPE and random search (3 minutes)
+demo: $(VENV)/.installed  ## Tune an MLP on digits, next to TPE and random search (a minute)
 	$(BIN)/python -m benchmarks digits
 
 test: $(VENV)/.installed lint  ## Everything

@@ -21,20 +21,20 @@ from benchmarks.solvers import SOLVERS
 from benchmarks.stress import CASES, measure_stress
 
 NAMES = {
-    "arena": "every solver on every problem at our wall clock; resumes where it was (hours; --problems, --solvers, --patience, --jobs)",
-    "digits": "the main job: MLP 64-64 on digits, 5 hyperparameters, 3 folds, against TPE and random search (2 minutes a seed)",
-    "mnist-mlp": "784-256-256-10 on 5,000 MNIST images, 6 hyperparameters, against TPE's best of 30 (6 minutes a seed)",
-    "mnist-conv": "a small ConvNet with BatchNorm on 5,000 MNIST images, 8 hyperparameters, 4 of them per layer (5 minutes a seed)",
+    "arena": "every solver on every problem in the seconds that our search takes; resumes where it was (hours; --problems, --solvers, --patience, --jobs)",
+    "digits": "the main job: MLP 64-64 on digits, 5 hyperparameters, 3 folds, against TPE and random search (a minute a seed)",
+    "mnist-mlp": "784-256-256-10 on 5,000 MNIST images, 6 hyperparameters, against TPE's best of 30 (4 minutes a seed)",
+    "mnist-conv": "a small ConvNet with BatchNorm on 5,000 MNIST images, 8 hyperparameters, 4 of them weight decays of single layers (3 minutes a seed)",
     "per-feature": "one weight decay per feature against one for all, nested cross-validation on two tables (3 minutes a seed)",
-    "bad-seeds": "our worst seed against random search's median seed, same data, three tables (10 seconds a seed; --jobs)",
-    "band": "is the band of a validation curve calibrated? Settings along it, retrained (15 seconds a seed and problem; --jobs)",
+    "bad-seeds": "our worst seed against random search's median seed on the same data and folds, three tables (10 seconds a seed; --jobs)",
+    "band": "how many retrained settings lie inside the 90% band of a validation curve (15 seconds a seed and problem; --jobs)",
     "stress": "odd estimators, modules, folds and data, against the untouched estimator and ten random settings (4 minutes a seed; --jobs, --cases)",
     "hypergradients": "every algorithm's hypergradient against the exact one, on four problems (minutes)",
-    "peers": "a 20-hyperparameter problem, seconds to a validation loss: ours and other libraries that are installed (minutes)",
+    "peers": "seconds to a validation loss with 20 weight decays: ours, and other bilevel libraries that are installed (minutes)",
     "scaling": "seconds of a search step and memory against 1 to 1,000,000 hyperparameters (minutes)",
-    "cost": "a search over one plain training, five shared folds over one, memory in copies of the model (2 minutes)",
+    "cost": "a hyper-training over one plain training, five shared folds over one, memory in copies of the model (2 minutes)",
     **{name: figure.TITLE for name, figure in FIGURES.items()},
-    "report": "draw the paper's figures and their tables in docs/benchmarks.md again, from the committed results",
+    "report": "draw the arena, the paper's figures and their tables in docs/benchmarks.md again, from the committed results",
 }
 _HERE = Path(__file__).parent
 
@@ -52,7 +52,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--solvers", nargs="+", choices=list(SOLVERS), default=list(SOLVERS), metavar="SOLVER")
     parser.add_argument(
-        "--patience", type=float, default=1.0, help="others go on to match us for so many times our seconds"
+        "--patience",
+        type=float,
+        default=1.0,
+        help="of arena: let the others go on for so many times our seconds, to match our validation loss",
     )
     parser.add_argument(
         "--jobs",

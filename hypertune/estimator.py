@@ -33,7 +33,7 @@ _MOST_LOG = 300.0  # of a predicted mean: neither zero nor infinite
 
 
 class TorchClassifier(ClassifierMixin, TorchEstimator):
-    """A torch classifier with scikit-learn's manners, trained from scratch by minibatches.
+    """A torch classifier with scikit-learn's interface, trained from scratch by minibatches.
 
     Targets are one class for each row, or (multilabel) a column of zeros and ones for each label.
 
@@ -43,18 +43,18 @@ class TorchClassifier(ClassifierMixin, TorchEstimator):
         Model factory ``(n_features_in, n_outputs) -> nn.Module`` with one output (logit) per class or label. None means
         :class:`MLP` with its defaults. For input of more than two dimensions, n_features_in is the shape of one row.
     criterion : {"cross_entropy", "squared_error"} or callable, default="cross_entropy"
-        Loss, mean over rows. "squared_error" is against one-hot targets, mean over classes. Of labels both are means over them,
-        "cross_entropy" the binary one. A callable or a loss class such as ``torch.nn.CrossEntropyLoss`` gets logits (B, C) and class
+        Loss, mean over rows. "squared_error" is against one-hot targets, mean over classes. With several labels for each row both are
+        means over labels, "cross_entropy" of the binary one. A callable or a loss class such as ``torch.nn.CrossEntropyLoss`` gets logits (B, C) and class
         numbers (B,), or zeros and ones (B, labels).
     weight_decay : float or dict, default=0.0
         Adds ½ · weight_decay · ‖w‖² to the training loss, over weights of two or more dimensions. A dict goes from names of
-        the module's parameters to numbers, or to arrays that broadcast to the parameter; those left out are free.
+        the module's parameters to numbers, or to arrays that broadcast to the parameter; those left out are not penalised.
     l1 : float or dict, default=0.0
         Adds l1 · ‖w‖₁, over the same weights.
     input_noise : float or array-like of shape (n_features,), default=0.0
         Standard deviation of Gaussian noise added to the inputs in training.
     label_smoothing : float, default=0.0
-        Probability mass of the target that is spread evenly over the classes (of each label, over yes and no), in [0, 1].
+        Probability of the target that is spread evenly over the classes (with several labels, over 0 and 1 of each), in [0, 1].
     mixup : float, default=0.0
         Strength of mixup (Zhang et al. 2018), in [0, 1]: in each minibatch, rows and their losses are mixed with those of other
         rows, whose share is uniform between 0 and mixup/2.
@@ -62,22 +62,21 @@ class TorchClassifier(ClassifierMixin, TorchEstimator):
         Added to the training loss; ``weights`` is a dict from names of the module's parameters to tensors. Keywords with a
         default are parameters, ``penalty__…``.
     augment : callable ``(x, generator, **hyperparameters) -> x``, default=None
-        Applied to the rows x (B, ...) of every training minibatch, with all randomness out of the ``torch.Generator``,
-        which is on the device of x.
-        Keywords with a default are parameters, ``augment__…``.
+        Applied to the rows x (B, ...) of every training minibatch; draws from the ``torch.Generator`` alone, which is on the device
+        of x. Keywords with a default are parameters, ``augment__…``.
     inputs : dict from str to list, default=None
-        For modules of several inputs: for each argument of their ``forward`` the names or numbers of its columns of X. The
-        factory then gets a dict of their widths as n_features_in.
+        For modules of several inputs: the columns of X, by name or number, for each argument of ``forward``. The factory then gets
+        a dict of their widths as n_features_in.
     sample_weight : array-like of shape (n_samples,), default=None
-        Weight of each row that ``fit`` is given, times the weights given to ``fit`` itself. Here it can be tuned.
+        Weight of each row that ``fit`` is given, times the weights passed to ``fit``. This one can be tuned.
     optimizer : {"adam", "sgd"} or callable, default="adam"
         "sgd" has momentum 0.9. A callable gets (params, lr=...) and returns a torch optimizer. It receives all weights as one
         tensor (1, D): optimizers that treat matrices and biases differently (groups of parameters, Muon) cannot tell them apart.
     lr : float, default=3e-3
         Learning rate at the start.
     lr_schedule : {"cosine", "constant"} or callable ``share -> factor``, default="cosine"
-        How the learning rate changes over the run; "cosine" ends at zero. A callable gets the share of the run that is done, from 0
-        to 1, and returns what ``lr`` is multiplied by, 1 at its largest: a warm-up, one cycle, steps.
+        How the learning rate changes over the run; "cosine" ends at zero. A callable maps the share of the run that is done, from 0
+        to 1, to a factor of ``lr``, which is 1 at its largest: a warm-up, one cycle, steps.
     batch_size : int, default=64
         Rows of a minibatch; all rows if there are fewer.
     max_epochs : int, default=100
@@ -99,7 +98,7 @@ class TorchClassifier(ClassifierMixin, TorchEstimator):
     module_ : nn.Module
         The trained module, in eval mode.
     loss_curve_ : list of float
-        Mean training loss of each epoch, penalties included. Not where the weights are a hypernetwork's.
+        Mean training loss of each epoch, penalties included; not where the weights came from a hypernetwork.
     n_iter_ : int
         Epochs trained.
     n_outputs_ : int
@@ -236,10 +235,11 @@ class TorchClassifier(ClassifierMixin, TorchEstimator):
 
 
 class TorchRegressor(RegressorMixin, TorchEstimator):
-    """A torch regressor with scikit-learn's manners, trained from scratch by minibatches.
+    """A torch regressor with scikit-learn's interface, trained from scratch by minibatches.
 
     Targets are standardised (weighted mean 0, standard deviation 1 per output) for training and mapped back in
-    ``predict``: losses, and the hyperparameters that trade against them, are in units of the target's variance. For "poisson" and
+    ``predict``: squared errors, and the hyperparameters that trade against them, are in units of the target's variance (absolute
+    errors of its standard deviation). For "poisson" and
     "gamma" they are divided by their mean instead, and the module's outputs are logarithms: ``predict`` returns positive numbers.
 
     Parameters
@@ -260,8 +260,8 @@ class TorchRegressor(RegressorMixin, TorchEstimator):
     lr : float, default=3e-3
         Learning rate at the start.
     lr_schedule : {"cosine", "constant"} or callable ``share -> factor``, default="cosine"
-        How the learning rate changes over the run; "cosine" ends at zero. A callable gets the share of the run that is done, from 0
-        to 1, and returns what ``lr`` is multiplied by, 1 at its largest: a warm-up, one cycle, steps.
+        How the learning rate changes over the run; "cosine" ends at zero. A callable maps the share of the run that is done, from 0
+        to 1, to a factor of ``lr``, which is 1 at its largest: a warm-up, one cycle, steps.
     batch_size : int, default=64
         Rows of a minibatch; all rows if there are fewer.
     max_epochs : int, default=100
@@ -281,7 +281,7 @@ class TorchRegressor(RegressorMixin, TorchEstimator):
     module_ : nn.Module
         The trained module, in eval mode; its outputs are standardised targets, or logarithms of targets over their mean.
     loss_curve_ : list of float
-        Mean training loss of each epoch, penalties included. Not where the weights are a hypernetwork's.
+        Mean training loss of each epoch, penalties included; not where the weights came from a hypernetwork.
     n_iter_ : int
         Epochs trained.
     n_outputs_ : int

@@ -46,11 +46,11 @@ from hypertune.tunable import check_names, check_settings, with_rows
 class HyperTrainingSearchCV(BaseSearchCV):
     """Hyperparameter search by gradients through a hypernetwork, with cross-validation.
 
-    One training run of all folds learns the weights *as a function of the hyperparameters*, and the hyperparameters
-    descend the validation loss through that function [1]_. For small models a handful of settings, trained in one stacked
-    pass, says where to start. The tuned setting, that start, the middle between them and the estimator's own setting are then
-    retrained from scratch and scored on every fold, with a few more for small models and those with BatchNorm, and the best
-    one is refitted on all the data.
+    All folds are trained together, once, while the weights are learned *as a function of the hyperparameters*, which descend
+    the validation loss through that function [1]_. For small models a few settings are screened first, to say where to
+    start. The tuned setting, that start, the middle between them and the estimator's own setting (and a few more for small
+    models and those with BatchNorm) are then retrained from scratch and scored on every fold, and the best one is refitted
+    on all the data.
 
     Parameters
     ----------
@@ -66,20 +66,21 @@ class HyperTrainingSearchCV(BaseSearchCV):
     algorithm : {"auto", "joint", "global", "simplified", "implicit", "t1t2", "unrolled", "forward", "hybrid"} or instance, \
             default="auto"
         "joint", "global" and "simplified" are Algorithms 3, 2 and 4 of the paper: hypernetwork and hyperparameters together,
-        hyperparameters sampled around the current ones; first the hypernetwork over the whole space, then the
-        hyperparameters; together, without sampling. The others are the gradient methods of the field, without a hypernetwork,
-        for hyperparameters in which the training loss is differentiable ("hybrid": "joint" through a few training steps more);
-        an instance, such as ``Implicit(solver="cg")``, is one with other settings: see :mod:`hypertune.hypergradients`.
-        "auto" is "joint", with the implicit gradient for hyperparameters of more than 1,000 values.
+        with hyperparameters sampled around the current ones; first the hypernetwork over the whole space, then the
+        hyperparameters; together, without sampling. "implicit", "t1t2", "unrolled" and "forward" have no hypernetwork, and need a
+        training loss that is differentiable in the hyperparameters; "hybrid" is "joint" through a few training steps more.
+        An instance, such as ``Implicit(solver="cg")``, is one with other settings: see :mod:`hypertune.hypergradients`.
+        "auto" is "joint", with the implicit gradient for hyperparameters of more than 1,000 values and ``sample_weight``.
     hypernetwork : {"linear", "low_rank", "mlp", "gated"} or instance, default="linear"
         The family of best responses; see :mod:`hypertune.hypernetworks`. An instance is a description with other
         sizes, such as ``LowRank(rank=20)``.
     start : {"screened", "estimator"}, default="screened"
-        Where the hyperparameters start: at the best of a handful of settings that are trained together in one stacked pass
-        first, or at the estimator's own setting. If regularisation leaves nothing but a constant prediction there, "screened" begins
-        again, further down the logarithmic distributions. Screened are small models that can be stacked, for which that is nearly free, and those with BatchNorm (on one fold; if a logarithmic hyperparameter is tuned);
-        and not with ``evaluate="hypernetwork"``, ``algorithm="global"``, skorch nets or weights of rows.
-        "estimator" verifies that setting and the tuned one only.
+        Where the hyperparameters start: at the best of a few settings that are trained first, or at the estimator's own (a
+        logarithmic one that is at the bound of its range, such as a ``weight_decay`` of 0, at quantile 1/3 of its distribution).
+        Screened are small models that can be stacked, and those with BatchNorm if a logarithmic hyperparameter is tuned (larger ones
+        on one fold); not with ``evaluate="hypernetwork"``, ``algorithm="global"``, skorch nets or ``sample_weight``. "screened" also
+        begins again, with less regularisation, where nothing but a constant prediction was left at the end. "estimator" verifies the tuned
+        setting and the estimator's own only.
     evaluate : {"retrain", "hypernetwork"}, default="retrain"
         How the candidates are scored: by retraining each from scratch on every fold, or (the paper's return value, for
         the tuned setting only) by the weights that the hypernetwork gives, which retrains nothing.
@@ -90,22 +91,22 @@ class HyperTrainingSearchCV(BaseSearchCV):
         for log distributions, a quarter of the range for bounded ones). None means 0.5 for "joint", and sampling from
         ``param_distributions`` themselves for "global".
     grain_scale : float or "auto", default=1.0
-        Standard deviation, in units of λ, of a prior on the values of a finer grain around their mean, so that many of them do
-        not overfit few validation rows. "auto" chooses it by four hyper-trainings more, on half of the validation rows,
-        compared on the other half. None means no prior. Weights of single rows have none.
+        Standard deviation, in units of λ, of a prior that holds the values of one hyperparameter (for each layer, unit, ...) around
+        their mean, so that many of them do not overfit few validation rows. "auto" chooses it by four more hyper-trainings on half
+        of the validation rows, compared on the other half. None means no prior; ``sample_weight`` has none.
     n_samples : int, default=None
         Hyperparameter settings m sampled per minibatch; an even number is drawn in antithetic pairs. None means 2 for
         "joint" and 8 for "global".
     n_inits : int, default=None
         Networks for each fold, with initial weights of their own, that share λ: the mean of their hypergradients is less noisy.
-        None means up to 3 for small models, for which they cost a third of the hyper-training.
+        None means up to 3 for small models, for which they cost about a third of the hyper-training's time.
     hyper_lr : float, default=0.05
         Step size β of the hyperparameters' Adam for each training step, in units of λ. In runs of more than 1,200 steps it
         shrinks as 1,200 / steps: the weights need longer to respond.
     hyper_lr_schedule : {"linear", "constant"}, default="linear"
         "linear" lets the step size fall to zero at the end.
     hyper_eps : float, default=0.01
-        Epsilon of that Adam: the slope of the validation loss, per unit of λ, below which steps become small.
+        Epsilon of that Adam, in nats for each unit of λ: where the slope of the validation loss is well below it, steps are small.
     warmup : float, default=1/3
         Share of the run before the hyperparameters may move; "global" has a first loop of its own, three quarters of the run.
     averaging : float, default=0.25
@@ -117,8 +118,8 @@ class HyperTrainingSearchCV(BaseSearchCV):
         How retrained candidates are scored, as in ``GridSearchCV``; None means the estimator's ``score``. The
         hyper-training itself descends the estimator's criterion on the validation rows.
     n_jobs : int, default=None
-        Candidates × folds retrained in parallel, where they cannot be retrained in one stacked pass; where they can, only scoring is
-        parallel. The hyper-training trains all folds in one process.
+        Fits of candidates × folds in parallel, where these cannot be retrained in one stacked pass; otherwise only scoring is
+        parallel. The hyper-training is one process.
     refit : bool, str or callable, default=True
         Refit the estimator on all the data with the best setting, as in ``GridSearchCV``.
     cv : int, cross-validation generator or iterable, default=None
@@ -137,7 +138,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
     Attributes
     ----------
     cv_results_ : dict of arrays
-        As in ``GridSearchCV``; one row per candidate. Of those that were retrained together, ``mean_fit_time`` is the time to look up their weights.
+        As in ``GridSearchCV``; one row per candidate. ``mean_fit_time`` does not include the stacked passes in which candidates are retrained together.
     best_estimator_ : estimator
         Refitted on all the data with ``best_params_``; only if ``refit``.
     best_score_ : float
@@ -159,8 +160,9 @@ class HyperTrainingSearchCV(BaseSearchCV):
     best_response_ : BestResponse
         The learned best response: weights, a fitted estimator or a validation curve at any setting, without training.
     history_ : dict of arrays
-        The hyper-training: "algorithm" (a string: which one ran, and why), "grain_scale", and by record "step", "seconds", "epoch", "train_loss" and "validation_loss" (means over folds, the
-        latter on at most 1,000 validation rows of each, of costly models 256), and the path of each hyperparameter under its name.
+        The hyper-training: "algorithm" (a string: which one ran, and why), "grain_scale"; and for each record "step", "seconds", "epoch",
+        "train_loss" and "validation_loss" (means over folds, the latter on at most 1,000 validation rows of each, of costly models
+        256), and the value of each hyperparameter under its name.
     n_features_in_ : int
         Number of features seen during fit; only if ``refit``.
     feature_names_in_ : ndarray of shape (n_features_in_,)

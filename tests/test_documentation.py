@@ -53,7 +53,18 @@ def test_every_public_name_has_a_valid_numpydoc_docstring():
         assert not errors & {"GL08", "SS01", "PR01", "PR02", "PR03", "PR04"}, (name, errors)
 
 
+def _anchors(page: Path) -> set[str]:
+    """Of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_between_pages_lead_somewhere():
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
-            assert target.startswith("http") or (page.parent / target).exists(), (page.name, target)
+        for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+            path, _, anchor = target.partition("#")
+            if target.startswith("http"):
+                continue
+            there = page.parent / path if path else page
+            assert there.exists(), (page.name, target)
+            assert not anchor or anchor in _anchors(there), (page.name, target)
