@@ -24,6 +24,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": lambda params, lr: torch.optim.Adam(params, lr=lr, fused=True),
     "sgd": lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9, fused=True),
 }
+_OF_MATRICES = {"Muon", "Shampoo", "SOAP"}  # what they do to a matrix of weights they would do to all weights in a row
 LR_SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
     "constant": lambda progress: 1.0,
@@ -46,13 +47,15 @@ def make_optimizer(
     Raises
     ------
     TypeError, ValueError
-        For a function that makes no optimizer or one that needs a closure, and for a schedule whose largest factor is far from 1.
+        For a function that makes no optimizer, one that needs a closure or one of matrices, and for a schedule whose largest factor is
+        far from 1.
     """
     make = OPTIMIZERS[optimizer] if isinstance(optimizer, str) else optimizer
     check_call(f"optimizer {optimizer!r}", "(params, lr=...)", make, params, lr=lr)
     made = make(params, lr=lr)
     if not isinstance(made, torch.optim.Optimizer):
         raise TypeError(f"optimizer {optimizer!r} returned {made!r}, and not a torch optimizer.")
+    refuse_optimizer(made)
     check_call(f"The step of optimizer {optimizer!r}", "no closure", type(made).step, made)
     schedule = LR_SCHEDULES[lr_schedule] if isinstance(lr_schedule, str) else lr_schedule
     check_call(f"lr_schedule {lr_schedule!r}", "(share)", schedule, 0.0)
@@ -62,6 +65,15 @@ def make_optimizer(
             f"lr_schedule={lr_schedule!r} multiplies lr={lr:g} by at most {peak:g}. Let its largest factor be 1, and lr the largest rate."
         )
     return made, scheduled(made, schedule, steps)
+
+
+def refuse_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError for one that treats matrices of weights as such: it gets all weights as one tensor (1, D)."""
+    if names := _OF_MATRICES & {own.__name__ for own in type(optimizer).__mro__}:
+        raise ValueError(
+            f"optimizer {names.pop()} works on the matrices of a module, and gets all weights as one vector here. Use one that moves each "
+            "number by itself, such as Adam or SGD."
+        )
 
 
 def scheduled(

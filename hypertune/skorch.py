@@ -27,7 +27,7 @@ from hypertune.batches import Rows
 from hypertune.functions import keywords_of
 from hypertune.losses import CustomLoss, cross_entropy
 from hypertune.objective import Objective
-from hypertune.optimizers import scheduled
+from hypertune.optimizers import refuse_optimizer, scheduled
 from hypertune.randomness import isolated
 from hypertune.reach import Reach
 
@@ -147,6 +147,7 @@ class SkorchNet:
         if not _decouples(self.net.optimizer, self.get_params()):
             keywords.pop("weight_decay", None)  # it is in the loss
         optimizer = self.net.optimizer(params, **{"lr": self.net.lr, **keywords})
+        refuse_optimizer(optimizer)
         schedulers, lr = self._schedulers(), optimizer.param_groups[0]["lr"]
         if not schedulers:
             return optimizer, scheduled(optimizer, lambda progress: 1.0, steps)

@@ -360,6 +360,7 @@ class Codes(nn.Module):
         (TorchClassifier(Codes), ValueError, "an embedding's codes go from 0 to num_embeddings - 1; name their columns"),
         (TorchClassifier(lambda n, m: nn.utils.weight_norm(nn.Linear(n, m))), ValueError, r"cannot be copied .*parametrizations"),
         (TorchClassifier(lambda n, m: nn.Sequential(nn.Embedding(n, m, max_norm=1.0))), ValueError, r"0 \(Embedding\) changes its own weights"),
+        (TorchClassifier(optimizer=type("Muon", (torch.optim.SGD,), {})), ValueError, "Muon works on the matrices"),
         (TorchClassifier(optimizer=torch.optim.LBFGS), TypeError, "step of optimizer .* is called with no closure"),
         (TorchClassifier(optimizer=lambda params, lr: None), TypeError, "returned None, and not a torch optimizer"),
         (TorchClassifier(lr_schedule=lambda: 1.0), TypeError, r"lr_schedule .* is called with \(share\)"),

@@ -150,6 +150,7 @@ def test_the_learning_rate_follows_the_nets_scheduler():
     ("net", "space", "message"),
     [
         (classifier(optimizer=torch.optim.AdamW), SPACE, "AdamW shrinks the weights beside the loss"),
+        (classifier(optimizer=type("Muon", (torch.optim.SGD,), {})), SPACE, "Muon works on the matrices"),
         (classifier(criterion__weight=torch.ones(3)), SPACE, "needs criterion=torch.nn.CrossEntropyLoss"),
         (classifier(), {"optimizer__weight_decay": per_layer(loguniform(1e-5, 1))}, "This one is a single number"),
         (classifier(), {"lr": loguniform(1e-4, 1)}, "does not change the loss"),
