@@ -251,6 +251,11 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
             weight = self._tensor(sample_weight)
         return Rows(self._rows(X), self._encode_targets(y), weight)
 
+    def _widen(self, width: int, noisy: int) -> None:
+        """Rows have so many columns from here on, of which the first ``noisy`` feel noise: a fold that lacks some columns has zeros for them."""
+        self._row_shape = (width,)
+        self._noisy = self._tensor(np.arange(width) < noisy)
+
     def _note_rows(self, X: Any, y: Any, number: np.ndarray) -> None:
         """Remember, for this estimator and its clones, which rows of the whole data these are."""
         if self._row_numbers is None:

@@ -175,9 +175,8 @@ def _columns_of(fold: Fold) -> tuple[str, ...]:
 
 def _widened(fold: Fold, least: int, width: int) -> Fold:
     """The same fold with columns of zeros up to a width, and no noise on columns that some fold lacks."""
-    net: Any = fold.net
-    net._row_shape = (width,)
-    net._noisy = (torch.arange(width, device=fold.train.x.device) < least).to(fold.train.x)
+    assert isinstance(fold.net, TorchEstimator)
+    fold.net._widen(width, least)
 
     def wide(rows: Rows) -> Rows:
         return rows._replace(x=F.pad(rows.x, (0, width - rows.x.shape[1])))
