@@ -57,6 +57,8 @@ def examine(stacked: StackedModule, x: Tensor, values: Mapping[str, float]) -> N
     stacked.cost = max(stacked.D, _multiplications(stacked, x, values))
     set_rng_state(noise, x.device)
     run = partial(_run, stacked, x, values, noise)
+    if _changes_attributes(run(1, True).stacked):
+        stacked.keep_memories()
     if stacked.statistics:
         trained, before = run(1, True).stacked, stacked.with_statistics_of(1, 1).statistics
         stacked.keep_statistics_of_those([k for k, b in trained.statistics.items() if not _same(before[k], b)])
@@ -239,6 +241,15 @@ def _replaced(stacked: StackedModule) -> str:
             if any(is_batchedtensor(t) for t in _tensors(now.get(name))):
                 return name
     return ""
+
+
+def _changes_attributes(stacked: StackedModule) -> bool:
+    """Whether a pass has changed plain attributes: a number, or a tensor."""
+    before = stacked.with_statistics_of(1, 1).remembers()
+    return any(
+        of not in before or (isinstance(now, Tensor) and not (now.shape == before[of].shape and _same(now, before[of])))
+        for of, now in stacked.remembers().items()
+    )
 
 
 def _tensors(value: Any, depth: int = 2) -> list[Tensor]:

@@ -39,7 +39,7 @@ from hypertune.functions import own_copy
 from hypertune.losses import CustomLoss, Loss
 from hypertune.penalties import half_squares, half_squares_of, of_models
 from hypertune.reach import Reach
-from hypertune.stacked import StackedModule
+from hypertune.stacked import Memory, StackedModule
 
 # Hyperparameters of the loss itself, with the interval in which each has a meaning.
 LOSS_HYPERPARAMETERS: dict[str, tuple[float, float]] = {
@@ -323,9 +323,15 @@ class Objective(StackedModule):
             penalties.append(own)
         return torch.stack(penalties)
 
-    def with_statistics_of(self, folds: int, each: int, statistics: Mapping[str, Tensor] | None = None) -> Self:
+    def with_statistics_of(
+        self,
+        folds: int,
+        each: int,
+        statistics: Mapping[str, Tensor] | None = None,
+        memories: list[Memory] | None = None,
+    ) -> Self:
         """See :meth:`StackedModule.with_statistics_of`. The user's functions begin anew, too."""
-        other = super().with_statistics_of(folds, each, statistics)
+        other = super().with_statistics_of(folds, each, statistics, memories)
         other.loss, other.penalty, other.augment = own_copy((self.loss, self.penalty, self.augment))
         return other
 

@@ -42,7 +42,13 @@ def make_problem(
 
     low, high = space.low.to(like), space.high.to(like)
     return Problem(
-        train_loss, valid_loss, train_batches, valid_batches, low, high, keep if objective.has_statistics else None
+        train_loss,
+        valid_loss,
+        train_batches,
+        valid_batches,
+        low,
+        high,
+        keep if objective.has_statistics or objective.memories else None,
     )
 
 

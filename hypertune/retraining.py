@@ -27,6 +27,7 @@ from hypertune.objective import Objective
 from hypertune.problem import make_values
 from hypertune.randomness import draw_seed, isolated, rng_state, seed_torch, set_rng_state
 from hypertune.space import Space
+from hypertune.stacked import Memory
 from hypertune.task import Task
 
 _MOST_WEIGHTS = 2**27  # of all models together
@@ -146,23 +147,22 @@ def retrain(
     weights = of_folds([part.weights for part in parts])
     curves = of_folds([part.curves for part in parts])
     kept = {k: of_folds([part.statistics[k] for part in parts]).flatten(0, 1) for k in parts[0].statistics}
-    numbers = [{of: v for of, v in part.remembered.items() if not isinstance(v, Tensor)} for part in parts]
-    if any(one != numbers[0] for one in numbers):
-        return None
-    objective = objective.with_statistics_of(K, C, kept)
-    objective.remembered = parts[0].remembered
+    memories = [part.memories[i : i + C] for part in parts for i in range(0, len(part.memories), C)]
+    objective = objective.with_statistics_of(
+        K, C, kept, [one for k in order for one in memories[k]] if memories else None
+    )
     keys = [] if folds[0].padded else [fingerprint(*fold.train[:3]) for fold in folds]
     settings = plain_settings(net, {h.own for h in space.hyperparameters})
     return Retrained(space, lam, weights.cpu().numpy(), curves.cpu(), objective, keys, settings, net.n_outputs_, seed)
 
 
 class _Trained(NamedTuple):
-    """Weights (K, C, D), curves (K, C, epochs), running statistics (K, C, ...) and what the module remembers."""
+    """Weights (K, C, D), curves (K, C, epochs), running statistics (K, C, ...) and memories, of K × C models."""
 
     weights: Tensor
     curves: Tensor
     statistics: dict[str, Tensor]
-    remembered: dict[tuple[str, str], Any]
+    memories: list[Memory]
 
 
 def _train(task: Task, lam: Tensor, epochs: int, seed: int) -> _Trained | None:
@@ -206,7 +206,7 @@ def _train(task: Task, lam: Tensor, epochs: int, seed: int) -> _Trained | None:
             curves[..., number // per_epoch] += loss.detach() / per_epoch
             batch = next(stream)
     kept = objective.statistics if objective.has_statistics else {}
-    return _Trained(w.detach(), curves, {k: b.unflatten(0, (K, C)) for k, b in kept.items()}, objective.remembers())
+    return _Trained(w.detach(), curves, {k: b.unflatten(0, (K, C)) for k, b in kept.items()}, objective.memories)
 
 
 def _moves_each_by_itself(optimizer: torch.optim.Optimizer) -> bool:

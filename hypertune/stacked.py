@@ -31,6 +31,9 @@ from hypertune.reach import Reach
 _DROPOUT = 3  # the first of its streams of random numbers; those before are for whoever uses the module
 
 
+Memory = dict[tuple[str, str], Any]  # by submodule and name
+
+
 class StackedModule:
     """M copies of a module.
 
@@ -61,8 +64,9 @@ class StackedModule:
         The copy that is never run: what a module counts or remembers begins here.
     modules, layers : dict from bool to nn.Module, to list or None
         The copies that are run, in training (True) and in eval mode (False), and their layers if they are plain stacks.
-    remembered : dict or None
-        What :meth:`remembers` said at the end of a training; None before that.
+    memories : list of dict
+        What training has changed in plain attributes, of each model (or each of a fold); empty where it changes nothing there, as the examination
+        found out, or before that.
     statistics : dict from str to Tensor of shape (models, ...)
         Buffers that training writes into (BatchNorm's running statistics), for each fold or each model of a fold.
     """
@@ -80,7 +84,7 @@ class StackedModule:
         self._written = [k for k, b in module.named_buffers() if b.layout == torch.strided]
         self.fresh = with_own_layers(module)
         self._begin_anew()
-        self.remembered: dict[tuple[str, str], Any] | None = None
+        self.memories: list[Memory] = []
         self._seed = 0
         parameters = {k: p for k, p in module.named_parameters() if p.requires_grad}
         self._shapes = {k: p.shape for k, p in parameters.items()}
@@ -149,32 +153,39 @@ class StackedModule:
             for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
                 if name in state:
                     tensor.copy_(state[name])
-        remembered = self.remembers() if self.remembered is None else self.remembered
-        for (path, name), value in remembered.items():
+        for (path, name), value in self.remembers(model).items():
             setattr(module.get_submodule(path), name, value.clone() if isinstance(value, Tensor) else value)
         for sub in module.modules():
             if isinstance(sub, nn.RNNBase):
                 sub.flatten_parameters()  # cuDNN wants them in one piece, and a deep copy has them apart
         return module
 
-    # what the module remembers
+    # what the module remembers: plain attributes
 
-    def remembers(self) -> dict[tuple[str, str], Any]:
-        """By submodule and name: tensors that are plain attributes, and numbers that training changed (a step, a temperature)."""
-        found: dict[tuple[str, str], Any] = {}
-        for path, sub in self.fresh.named_modules():
-            now = vars(self.modules[True].get_submodule(path))
-            for name, before in vars(sub).items():
-                if name == "training":  # is set for every pass
-                    continue
-                value = now.get(name)
-                if isinstance(value, Tensor) and not is_batchedtensor(value):
-                    found[path, name] = value.detach().clone()
-                elif isinstance(before, Tensor):
-                    found[path, name] = before.detach().clone()
-                elif isinstance(value, (int, float)) and value != before:
-                    found[path, name] = value
-        return found
+    def remembers(self, model: int = 0) -> Memory:
+        """Of a model, by submodule and name: tensors that are plain attributes, and numbers that training changed (a step, a temperature)."""
+        before = _memory_of(self.fresh)
+        now = self.memories[model] if self.memories else _memory_of(self.modules[True], before)
+        return {of: v for of, v in now.items() if isinstance(v, Tensor) or v != before[of]}
+
+    def keep_memories(self) -> None:
+        """From here on each model remembers for itself what training changes in plain attributes."""
+        self.memories = [_memory_of(self.fresh) for _ in range(self._models)]
+
+    @contextmanager
+    def _remembering(self, training: bool, models: list[int], keep: bool) -> Iterator[None]:
+        """A pass of some models, by number, in the state in which training has left the first of them; with ``keep`` it goes on from there."""
+        if not self.memories:
+            yield
+            return
+        module = self.modules[training]
+        for (path, name), value in self.memories[models[0]].items():
+            setattr(module.get_submodule(path), name, value.clone() if isinstance(value, Tensor) else value)
+        yield
+        if keep and training:
+            now = _memory_of(module, self.memories[models[0]])
+            for model in models:
+                self.memories[model] = now
 
     # buffers
 
@@ -184,6 +195,8 @@ class StackedModule:
         self.statistics = {k: own[k].repeat(models, *(1,) * own[k].dim()) for k in self._written}
         self._constant_buffers = {k: b for k, b in own.items() if k not in self._written}
         self._models, self._each = models, 1
+        if self.memories:
+            self.keep_memories()
 
     def keep_statistics_of_those(self, names: list[str]) -> None:
         """Keep only those buffers that training writes into, by name; the others are constants."""
@@ -191,16 +204,23 @@ class StackedModule:
         self.keep_statistics_of(self._models)
 
     def forget_statistics_but_of(self, folds: int) -> None:
-        """Let go of the buffers of all but the first so many models."""
+        """Let go of the buffers and memories of all but the first so many models."""
         self.statistics = {k: b[:folds].clone() for k, b in self.statistics.items()}
+        self.memories = self.memories[:folds]
 
-    def with_statistics_of(self, folds: int, each: int, statistics: Mapping[str, Tensor] | None = None) -> Self:
-        """The same, for so many models of each of so many folds: with their buffers (folds × each, ...), or the module's own."""
+    def with_statistics_of(
+        self,
+        folds: int,
+        each: int,
+        statistics: Mapping[str, Tensor] | None = None,
+        memories: list[Memory] | None = None,
+    ) -> Self:
+        """The same, for so many models of each of so many folds: with their buffers (folds × each, ...) and memories, or the module's own."""
         other = copy.copy(self)  # which begins anew: __setstate__
         other.keep_statistics_of(folds * each)
         other._each = each
         other.statistics.update(statistics or {})
-        other.remembered = None
+        other.memories = memories or other.memories
         return other
 
     @property
@@ -208,10 +228,18 @@ class StackedModule:
         """Whether training writes into buffers (BatchNorm's running statistics), as the examination found out."""
         return bool(self._written)
 
+    def _own(self, fold: int | None) -> slice:
+        """Which of the models that keep something are those of a fold; all of them, if it is None."""
+        return slice(0, self._models) if fold is None else slice(fold * self._each, (fold + 1) * self._each)
+
+    def _kept(self, models: int, fold: int | None) -> list[int]:
+        """Of M models in a pass the numbers of those that keep something."""
+        own = list(range(self._models))[self._own(fold)]
+        return [own[i // max(models // len(own), 1)] for i in range(models)]
+
     def _statistics_of(self, models: int, fold: int | None, keep: bool) -> dict[str, Tensor]:
         """Buffers of M models, (M, ...): with ``keep`` the stored ones, if there are that many; else copies."""
-        own = slice(None) if fold is None else slice(fold * self._each, (fold + 1) * self._each)
-        found = {}
+        own, found = self._own(fold), {}
         for k, kept in self.statistics.items():
             b = kept[own]
             if models > len(b):
@@ -261,6 +289,8 @@ class StackedModule:
             with self._set(training, rates):
                 constants = {k: c.expand(len(x), *c.shape) for k, c in self._constants.items()}
                 return run_layers(layers, {**named, **constants}, x)
+        kept = self._kept(len(x), fold)
+        keep = keep and len({*kept}) == len(kept)
         if len(x) > 1 and self.stacked:
             like = self._like
             tensors = {
@@ -269,7 +299,7 @@ class StackedModule:
             forward = partial(self._forward, training=training)
             x, buffers = x.clone(), self._statistics_of(len(x), fold, keep)  # the module may write into its rows
             # Of the kernels of attention the one that is batched over models. The choice is that of the process.
-            with ONE_AT_A_TIME, sdpa_kernel(SDPBackend.MATH):
+            with ONE_AT_A_TIME, sdpa_kernel(SDPBackend.MATH), self._remembering(training, kept, keep):
                 return vmap(forward, randomness="same")(named, tensors, x, buffers)
         outputs, noise, buffers = [], rng_state(x.device), self._statistics_of(len(x), fold, keep)
         x = x.clone()
@@ -277,7 +307,9 @@ class StackedModule:
             set_rng_state(noise, x.device)  # the same noise for every model, as in the stacked pass
             own = {k: p[i] for k, p in named.items()}
             numbers = {k: float(v[i] if isinstance(v, Tensor) and v.dim() else v) for k, v in rates.items()}
-            outputs.append(self._forward(own, numbers, x[i], {k: b[i] for k, b in buffers.items()}, training=training))
+            state = {k: b[i] for k, b in buffers.items()}
+            with self._remembering(training, kept[i : i + 1], keep):
+                outputs.append(self._forward(own, numbers, x[i], state, training=training))
         return torch.stack(outputs)
 
     def _forward(
@@ -337,6 +369,20 @@ def _no_fast_path() -> Iterator[None]:
             yield
         finally:
             mha.set_fastpath_enabled(enabled)
+
+
+def _memory_of(module: nn.Module, before: Memory | None = None) -> Memory:
+    """The numbers and tensors that a module and those inside it keep as plain attributes; of those that had some ``before``."""
+    found: Memory = {} if before is None else dict(before)
+    for path, sub in module.named_modules():
+        for name, value in vars(sub).items():
+            if name == "training" or (before is not None and (path, name) not in before):
+                continue
+            if isinstance(value, Tensor) and not is_batchedtensor(value):
+                found[path, name] = value.detach().clone()
+            elif isinstance(value, (int, float)):
+                found[path, name] = value
+    return found
 
 
 def flat_weights(module: nn.Module) -> Tensor:

@@ -121,8 +121,10 @@ def hyper_train(
                 UserWarning,
                 stacklevel=2,
             )
+        memories = list(run.objective.memories)
         for _ in range(_SETTLING if run.objective.has_statistics else 0):  # running statistics at the tuned setting
             settle(run.problem, run.phi, trace.average(), next(run.train_batches))
+        run.objective.memories = memories  # these were no steps of the training
     return _response(task, run, trace, recipe.sigma), {
         "algorithm": f"{recipe.name}: {recipe.reason}",
         **trace.arrays(),
@@ -192,7 +194,6 @@ def _response(task: Task, run: _Run, trace: Trace, sigma: Tensor | None) -> Best
     phi, objective, K = run.phi, run.objective, len(folds)
     phi.keep(K)  # the other initial weights have done their part
     objective.forget_statistics_but_of(K)
-    objective.remembered = objective.remembers()
     phi.center = phi.center.detach().clone()
     phi.zero_grad()
     phi.requires_grad_(False)

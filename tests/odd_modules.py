@@ -136,6 +136,38 @@ class Counts(nn.Sequential):
         return super().forward(x) * (1 + 1 / (1 + 0.1 * self.t))
 
 
+class CountsWithNorm(nn.Module):
+    """Running statistics are settled after the training, which is none."""
+
+    def __init__(self, n: int, m: int):
+        super().__init__()
+        self.t, self.norm, self.out = 0, nn.BatchNorm1d(n), nn.Linear(n, m)
+
+    def forward(self, x):
+        self.t += self.training
+        return self.out(self.norm(x)) * (1 + 1 / (1 + 0.1 * self.t))
+
+
+class CountsAlone(Counts):
+    """The same, and it does not work under vmap."""
+
+    def forward(self, x):
+        return super().forward(x) if x.sum() < 1e9 else x
+
+
+class RemembersAMean(nn.Module):
+    """A tensor that is a plain attribute, and another one for every model."""
+
+    def __init__(self, n: int, m: int):
+        super().__init__()
+        self.mean, self.out = torch.zeros(n, dtype=torch.float64), nn.Linear(n, m)
+
+    def forward(self, x):
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return self.out(x + 1 - self.mean)
+
+
 class CountsLate(Counts):
     """It changes its mind long after the first step, and long before all trainings of a search are done."""
 
@@ -391,6 +423,9 @@ ODD: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "codes in one fold": ({"module": TwoInputs, "inputs": CODES, "input_noise": 0.5, "mixup": 0.5}, DECAY),
     "counts": ({"module": Counts}, DECAY),
     "counts late": ({"module": CountsLate}, DECAY),
+    "counts alone": ({"module": CountsAlone}, DECAY),
+    "counts with a norm": ({"module": CountsWithNorm}, DECAY),
+    "remembers a mean": ({"module": RemembersAMean}, DECAY),
     "remembers": ({"module": Remembers}, DECAY),
     "shared": ({"module": Shared}, DECAY),
     "counts in a dict": ({"module": CountsInADict}, DECAY),

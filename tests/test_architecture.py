@@ -104,6 +104,7 @@ ROOMS = {  # room -> the rooms that it imports from
         "problem",
         "randomness",
         "space",
+        "stacked",
         "task",
     },
     "starts": {"batches", "hyperprior", "retraining", "space", "task"},
