@@ -247,7 +247,7 @@ def descend_response(
 def _neighbours(lam_hat: Tensor, sigma: float | Tensor, m: int, generator: torch.Generator) -> Tensor:
     """m draws from N(λ̂, σ²I), as pairs λ̂ ± σε if m is even."""
     pairs = m if m % 2 else m // 2
-    epsilon = torch.randn(pairs, len(lam_hat), generator=generator, dtype=lam_hat.dtype)
+    epsilon = torch.randn(pairs, len(lam_hat), generator=generator, dtype=lam_hat.dtype, device="cpu")
     epsilon = epsilon.to(lam_hat.device, non_blocking=True)
     signed = epsilon if m % 2 else torch.cat([epsilon, -epsilon])
     return lam_hat.detach() + sigma * signed

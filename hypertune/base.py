@@ -336,7 +336,7 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
                 f"({len(x)}, {self.n_outputs_}): one column per {self._one_output}."
             )
         set_rng_state(noise, x.device)
-        ones = torch.ones(len(x)).to(outputs)
+        ones = outputs.new_ones(len(x))
         if self.criterion == "cross_entropy" and (outputs > 0).all() and torch.allclose(outputs.sum(dim=1), ones):
             warnings.warn(
                 f"The outputs of {self.module!r} are positive and sum to one. cross_entropy takes logits: leave out the softmax.",
@@ -358,7 +358,7 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
             )
         if name == "weight_decay":
             self._validate_params()
-            optimizer, _ = self._make_optimizer([nn.Parameter(torch.zeros(1))], 1)
+            optimizer, _ = self._make_optimizer([nn.Parameter(torch.zeros(1, device="cpu"))], 1)
             if own := [group["weight_decay"] for group in optimizer.param_groups if group.get("weight_decay")]:
                 return (
                     f"the optimizer has a weight decay of its own, {own[0]:g}, besides the one to tune. Leave it to the search: "

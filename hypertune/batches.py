@@ -75,7 +75,7 @@ class Minibatches(Iterator[Batch]):
         self.folds = list(folds)
         self.batch_size = min(batch_size, *(len(rows.x) for rows in folds))
         seeds = [seed] * len(self.folds) if isinstance(seed, int) else seed
-        self.generators = [torch.Generator().manual_seed(own) for own in seeds]
+        self.generators = [torch.Generator("cpu").manual_seed(own) for own in seeds]
         self._queues = [torch.empty(0, dtype=torch.long, device=rows.x.device) for rows in folds]
         self._weights = [None if rows.weight is None else rows.weight / rows.weight.mean() for rows in folds]
 
@@ -120,7 +120,7 @@ class Minibatches(Iterator[Batch]):
 
     def _pick(self, k: int) -> Tensor:
         while len(self._queues[k]) < self.batch_size:
-            order = torch.randperm(len(self.folds[k].x), generator=self.generators[k])
+            order = torch.randperm(len(self.folds[k].x), generator=self.generators[k], device="cpu")
             order = order.to(self._queues[k].device, non_blocking=True)
             self._queues[k] = torch.cat([self._queues[k], order])
         pick, self._queues[k] = self._queues[k].split([self.batch_size, len(self._queues[k]) - self.batch_size])

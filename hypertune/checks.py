@@ -180,10 +180,12 @@ def _retrained(task: Task, own: Tensor, step: float) -> HypergradientCheck:
     """Central differences of retrained models, along each coordinate or some random directions."""
     n, (space, folds, *_) = task.space.n, task
     if n <= _MOST_DIRECTIONS:
-        directions = torch.eye(n, dtype=torch.float64)
+        directions = torch.eye(n, dtype=torch.float64, device="cpu")
     else:
-        generator = torch.Generator().manual_seed(0)
-        directions = torch.randn(_MOST_DIRECTIONS, n, generator=generator, dtype=torch.float64) / math.sqrt(n)
+        generator = torch.Generator("cpu").manual_seed(0)
+        directions = torch.randn(
+            _MOST_DIRECTIONS, n, generator=generator, dtype=torch.float64, device="cpu"
+        ) / math.sqrt(n)
     ends = space.clip(torch.stack([task.current + sign * step * d for d in directions for sign in (1, -1)]))
     retrained = retrain(task, ends)
     if retrained is None:

@@ -57,7 +57,7 @@ class Fold:
         """The same fold with at most so many of its validation rows, a draw that is the same every time."""
         if len(self.valid.x) <= most:
             return self
-        drawn = torch.randperm(len(self.valid.x), generator=torch.Generator().manual_seed(0))[:most]
+        drawn = torch.randperm(len(self.valid.x), generator=torch.Generator("cpu").manual_seed(0), device="cpu")[:most]
         return replace(self, valid=self.valid.take(drawn))
 
     def without_training_rows(self) -> Fold:

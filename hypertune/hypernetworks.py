@@ -321,9 +321,9 @@ class Linear:
 
     def build(self, w0: Tensor, center: Tensor, layout: Layout) -> Hypernetwork:
         """See :class:`Builder`."""
-        coordinates = torch.arange(len(center))
+        coordinates = torch.arange(len(center), device="cpu")
         local = layout.local if self.local else ()
-        elsewhere = torch.cat([torch.full((0,), -1), *(index.cpu() for index in local)]).unique()
+        elsewhere = torch.cat([torch.full((0,), -1, device="cpu"), *(index.cpu() for index in local)]).unique()
         dense = coordinates[~torch.isin(coordinates, elsewhere)]
         if layout.unseen is not None:
             dense = dense[~layout.unseen[dense]]
@@ -348,7 +348,7 @@ class LowRank:
     def build(self, w0: Tensor, center: Tensor, layout: Layout) -> Hypernetwork:
         """See :class:`Builder`."""
         basis = _Affine(len(w0), len(center), self.rank, w0)
-        return Hypernetwork(basis, [Dense(w0, torch.arange(self.rank))], w0, center, layout.unseen)
+        return Hypernetwork(basis, [Dense(w0, torch.arange(self.rank, device="cpu"))], w0, center, layout.unseen)
 
 
 @dataclass(frozen=True)
@@ -366,7 +366,7 @@ class ReluMLP:
     def build(self, w0: Tensor, center: Tensor, layout: Layout) -> Hypernetwork:
         """See :class:`Builder`."""
         basis = _Sequence(_Affine(len(w0), len(center), self.hidden, w0), nn.ReLU())
-        return Hypernetwork(basis, [Dense(w0, torch.arange(self.hidden))], w0, center, layout.unseen)
+        return Hypernetwork(basis, [Dense(w0, torch.arange(self.hidden, device="cpu"))], w0, center, layout.unseen)
 
 
 @dataclass(frozen=True)

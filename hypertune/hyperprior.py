@@ -48,7 +48,7 @@ def choose_scale(tune: Callable[[list[Fold], float], BestResponse], folds: list[
 
 def _halves(fold: Fold) -> tuple[Fold, Fold]:
     """The same fold twice, each with half of its validation rows; a draw that is the same every time."""
-    order = torch.randperm(len(fold.valid.x), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(fold.valid.x), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     a, b = (replace(fold, valid=fold.valid.take(rows)) for rows in order.tensor_split(2))
     return a, b
 

@@ -107,7 +107,7 @@ class Objective(StackedModule):
     @property
     def feels_noise(self) -> bool:
         """Whether there is a column that input noise and mixup may touch."""
-        return bool(torch.as_tensor(self._noisy).any())
+        return bool(np.any(self._noisy) if isinstance(self._noisy, float) else self._noisy.any())
 
     # penalties of a finer grain
 
@@ -153,9 +153,9 @@ class Objective(StackedModule):
         pieces, start = [], 0
         for k, shape in self._shapes.items():
             if k not in arrangement:
-                pieces.append(torch.full((shape.numel(),), -1))
+                pieces.append(torch.full((shape.numel(),), -1, device="cpu"))
                 continue
-            numbers = start + torch.arange(math.prod(arrangement[k])).view(arrangement[k])
+            numbers = start + torch.arange(math.prod(arrangement[k]), device="cpu").view(arrangement[k])
             pieces.append(numbers.expand(shape).reshape(-1))
             start += math.prod(arrangement[k])
         return torch.cat(pieces).to(self._like.device)

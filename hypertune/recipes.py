@@ -177,7 +177,7 @@ def choose(
     if isinstance(chosen, Hybrid):
         return recipe(chosen, rows, by, "asked for")
     _check(chosen, algorithm, space, differentiable)
-    everything = torch.ones(space.n, dtype=torch.bool)
+    everything = torch.ones(space.n, dtype=torch.bool, device="cpu")
     if isinstance(chosen, Implicit | T1T2):
         return recipe(chosen, everything, chosen, "asked for")
     return recipe(chosen, ~everything, by, "asked for")
@@ -225,7 +225,7 @@ def stream(
     plain = partial(descend_w, problem, phi, phi_optimizer, lam_hat)
     match recipe.algorithm:
         case "joint" | Hybrid():
-            generator, unroll, sigma = torch.Generator().manual_seed(seed), None, recipe.sigma
+            generator, unroll, sigma = torch.Generator("cpu").manual_seed(seed), None, recipe.sigma
             assert sigma is not None
             if isinstance(recipe.algorithm, Hybrid):
                 unroll = Unroller(

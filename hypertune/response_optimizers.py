@@ -152,7 +152,8 @@ def preconditioner(w0: nn.Parameter, optimizer: torch.optim.Optimizer) -> Tensor
 
 def bias_correction(beta: float, step: Tensor | float, like: Tensor) -> Tensor:
     """Adam's 1 − βᵗ, (), without waiting for the device that may hold t."""
-    return 1 - beta ** torch.as_tensor(step, dtype=like.dtype)
+    t = step.to(like.dtype) if isinstance(step, Tensor) else torch.tensor(step, dtype=like.dtype, device="cpu")
+    return 1 - beta**t
 
 
 def _backward_basis(hypernetwork: Hypernetwork, features: Tensor, G: Tensor) -> None:

@@ -98,7 +98,9 @@ class Retrained:
             return False  # it fails in its own fit, with its own message
         with isolated(self.seed, net.device):  # what a module draws for itself belongs to its weights
             module = net._build_module()
-        net._adopt(self.objective.load_into(module, torch.tensor(self.weights[k, c]), k * len(self.lam) + c))
+        net._adopt(
+            self.objective.load_into(module, torch.tensor(self.weights[k, c], device="cpu"), k * len(self.lam) + c)
+        )
         net.loss_curve_ = curve.tolist()
         return True
 
@@ -138,7 +140,7 @@ def retrain(
         if trained is None:
             return None
         parts.append(trained)
-    order = torch.tensor([k for group in alike.values() for k in group]).argsort()
+    order = torch.tensor([k for group in alike.values() for k in group], device="cpu").argsort()
 
     def of_folds(pieces: list[Tensor]) -> Tensor:
         """Of the groups one after the other, (some folds, C, ...), → (K, C, ...)."""
@@ -265,7 +267,11 @@ def _first_step(fold: Fold, setting: dict[str, Any], batch: Batch, seed: int) ->
 
 def _sketch(loss: Tensor, gradient: Tensor) -> Tensor:
     """A loss () and its gradient (D,) in three numbers: the loss, the gradient's length, and a component of it."""
-    signs = torch.randint(0, 2, gradient.shape, generator=torch.Generator().manual_seed(0)).to(gradient) * 2 - 1
+    signs = (
+        torch.randint(0, 2, gradient.shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(gradient)
+        * 2
+        - 1
+    )
     return torch.stack([loss.detach(), torch.linalg.vector_norm(gradient), gradient @ signs])
 
 

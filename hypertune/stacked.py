@@ -92,7 +92,7 @@ class StackedModule:
         self._constants = {k: p.detach() for k, p in module.named_parameters() if not p.requires_grad}
         self.keep_statistics_of(folds)
         self.D = self.cost = sum(self._sizes)
-        self._like = next(iter(parameters.values()), torch.zeros(0)).detach().new_empty(0)
+        self._like = next(iter(parameters.values()), torch.zeros(0, device="cpu")).detach().new_empty(0)
 
     def _begin_anew(self) -> None:
         """Copies of the module for training and for eval mode, in the state in which it was built. All share their parameters."""
@@ -133,7 +133,7 @@ class StackedModule:
         rows, start = [], 0
         for shape, size in zip(self._shapes.values(), self._sizes, strict=True):
             n_rows = shape[0] if shape else 1
-            rows.append(start + torch.arange(n_rows).repeat_interleave(size // max(n_rows, 1)))
+            rows.append(start + torch.arange(n_rows, device="cpu").repeat_interleave(size // max(n_rows, 1)))
             start += n_rows
         return torch.cat(rows)
 
@@ -252,7 +252,7 @@ class StackedModule:
 
     def draw_streams(self) -> None:
         """A new pass, with random numbers of its own: each use has a stream, so that whether one is switched off changes no other's."""
-        self._seed = int(torch.randint(2**31, ()))
+        self._seed = int(torch.randint(2**31, (), device="cpu"))
 
     def stream(self, number: int, device: torch.device) -> torch.Generator:
         """A generator of this pass, always from its beginning."""
