@@ -58,7 +58,10 @@ def fingerprint(*arrays: Any) -> str:
 def find_columns(
     inputs: Mapping[str, Any] | None, row_shape: tuple[int, ...], names: Sequence[str], device: Any
 ) -> dict[str, Tensor] | None:
-    """``inputs`` of an estimator as numbers of columns; ``names`` are those of the columns of X, if it has any."""
+    """``inputs`` of an estimator as numbers of columns; ``names`` are those of the columns of X, if it has any.
+
+    A group of columns is a list of names or numbers, a mask of all columns, or a slice.
+    """
     if inputs is None:
         return None
     if len(row_shape) != 1 or not inputs:
@@ -67,6 +70,14 @@ def find_columns(
     for argument, columns in inputs.items():
         if isinstance(columns, (str, Integral)):
             raise ValueError(f"inputs[{argument!r}] must be a list of columns, got {columns!r}; write [{columns!r}].")
+        if isinstance(columns, slice):
+            columns = range(row_shape[0])[columns]
+        elif (mask := np.asarray(columns)).dtype == bool:
+            if mask.shape != row_shape:
+                raise ValueError(
+                    f"inputs[{argument!r}]: a mask of shape {mask.shape}, and X has {row_shape[0]} columns."
+                )
+            columns = mask.nonzero()[0]
         numbers = [names.index(column) if column in names else column for column in columns]
         for column in numbers:
             if not isinstance(column, (int, np.integer)) or not 0 <= column < row_shape[0]:

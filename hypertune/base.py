@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch
 import torch.nn.functional as F
+from sklearn import config_context
 from sklearn.base import BaseEstimator, clone
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
@@ -43,7 +44,7 @@ from hypertune.objective import LOSS_HYPERPARAMETERS, NO_NOISE, Objective
 from hypertune.optimizers import LR_SCHEDULES, OPTIMIZERS, make_optimizer
 from hypertune.randomness import draw_seed, gradients, isolated, rng_state, set_rng_state
 from hypertune.reach import Reach
-from hypertune.stacked import arguments
+from hypertune.stacked import arguments, explained
 
 _OWNERS = ("module", "penalty", "augment")  # parameters whose own keywords are parameters
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -270,7 +271,8 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
             )
 
     def _validated(self, X: Any, y: Any, reset: bool = True) -> tuple[np.ndarray, np.ndarray]:
-        X, y = validate_data(self, X, y, accept_sparse="csr", allow_nd=True, reset=reset, **self._checks(y))
+        with config_context(array_api_dispatch=False):  # or tensors stay tensors
+            X, y = validate_data(self, X, y, accept_sparse="csr", allow_nd=True, reset=reset, **self._checks(y))
         return dense(X), y
 
     def _own_sample_weight(self, X: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -325,18 +327,22 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
     def _check_outputs(self, objective: Objective, x: Tensor) -> None:
         noise = rng_state(x.device)
         try:
-            outputs = objective.predict(objective.initial_weights()[None], x[None])[0]
+            outputs = objective.predict(objective.initial_weights()[None].requires_grad_(), x[None])[0]
         except (RuntimeError, IndexError, TypeError) as error:
             raise ValueError(
                 f"The module of {self.module!r} does not run on rows of shape {tuple(x.shape[1:])}: {error}"
             ) from error
+        if not outputs.requires_grad:
+            raise ValueError(
+                f"The outputs of {self.module!r} have no gradient: they were detached, or made without one."
+            )
         if outputs.shape != (len(x), self.n_outputs_):
             raise ValueError(
                 f"The module of {self.module!r} maps {len(x)} rows to shape {tuple(outputs.shape)}; expected "
                 f"({len(x)}, {self.n_outputs_}): one column per {self._one_output}."
             )
         set_rng_state(noise, x.device)
-        ones = outputs.new_ones(len(x))
+        outputs, ones = outputs.detach(), outputs.new_ones(len(x))
         if self.criterion == "cross_entropy" and (outputs > 0).all() and torch.allclose(outputs.sum(dim=1), ones):
             warnings.warn(
                 f"The outputs of {self.module!r} are positive and sum to one. cross_entropy takes logits: leave out the softmax.",
@@ -382,7 +388,8 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
     def _outputs(self, X: Any) -> np.ndarray:
         """Raw outputs of the fitted module, (n_samples, n_outputs)."""
         check_is_fitted(self, "module_")
-        X = validate_data(self, X, dtype="numeric", accept_sparse="csr", allow_nd=True, reset=False)
+        with config_context(array_api_dispatch=False):
+            X = validate_data(self, X, dtype="numeric", accept_sparse="csr", allow_nd=True, reset=False)
         with torch.no_grad():
             parts = []
             for i in range(0, X.shape[0], _PREDICT_ROWS):
@@ -390,7 +397,8 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
                 if x.dim() == 2:  # a net of a search's fold may be wider than its rows
                     x = F.pad(x, (0, self._row_shape[0] - x.shape[1]))
                 args, kwargs = arguments(x, self._columns)
-                parts.append(self.module_(*args, **kwargs))
+                with explained(self.module_):
+                    parts.append(self.module_(*args, **kwargs))
         return torch.cat(parts).cpu().double().numpy()
 
     def _checks(self, y: Any) -> dict[str, Any]:

@@ -65,8 +65,8 @@ class TorchClassifier(ClassifierMixin, TorchEstimator):
         Applied to the rows x (B, ...) of every training minibatch; draws from the ``torch.Generator`` alone, which is on the device
         of x. Keywords with a default are parameters, ``augment__…``.
     inputs : dict from str to list, default=None
-        For modules of several inputs: the columns of X, by name or number, for each argument of ``forward``. The factory then gets
-        a dict of their widths as n_features_in.
+        For modules of several inputs: the columns of X for each argument of ``forward``: names, numbers, a mask or a slice. The factory
+        then gets a dict of their widths as n_features_in.
     sample_weight : array-like of shape (n_samples,), default=None
         Weight of each row that ``fit`` is given, times the weights passed to ``fit``. This one can be tuned.
     optimizer : {"adam", "sgd"} or callable, default="adam"

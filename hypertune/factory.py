@@ -79,8 +79,12 @@ class MLP(BaseEstimator):
         if self.activation not in _ACTIVATIONS:
             raise ValueError(f"MLP(activation={self.activation!r}): choose one of {sorted(_ACTIVATIONS)}.")
         layers: list[nn.Module] = [nn.Dropout(self.input_dropout)]
-        width = n_features_in
-        for units in self.hidden if isinstance(self.hidden, Iterable) else (self.hidden,):
+        width, hidden = n_features_in, self.hidden if isinstance(self.hidden, Iterable) else (self.hidden,)
+        if isinstance(hidden, str) or not all(isinstance(units, Integral) and units > 0 for units in hidden):
+            raise ValueError(
+                f"MLP(hidden={self.hidden!r}): give a number of units, or a sequence of them, such as (64, 64)."
+            )
+        for units in hidden:
             layers += [nn.Linear(width, units), _ACTIVATIONS[self.activation](), nn.Dropout(self.dropout)]
             width = units
         return nn.Sequential(*layers, nn.Linear(width, n_outputs))

@@ -5,6 +5,7 @@ folds = make_folds(estimator, X, y, cv.split(X, y), {"sample_weight": weight}, w
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -135,6 +136,14 @@ def make_folds(
             f"{type(estimator).__name__} resamples its rows, and HyperTrainingSearchCV could not tell which ones were trained on. Weight them instead: "
             'fit(..., sample_weight=compute_sample_weight("balanced", y)) of the net.'
         )
+    net = last_step(estimator)
+    if isinstance(net, TorchEstimator) and type(net).fit is not TorchEstimator.fit:
+        warnings.warn(
+            f"{type(net).__name__} has a fit of its own, which is called to retrain candidates, but not in the hyper-training: what it does to rows "
+            "belongs into a step before it, in a Pipeline.",
+            UserWarning,
+            stacklevel=2,
+        )
     folds = [_fold(estimator, X, y, train, valid, fit_params, weighs_rows) for train, valid in splits]
     if not folds:
         raise ValueError("No fits were performed. Was the CV iterator empty? Were there no candidates?")
@@ -200,10 +209,11 @@ def _fold(
     if isinstance(estimator, Pipeline) and len(estimator.steps) > 1:
         # The identity in the net's place counts as fitted, whatever the user's last transformer says of itself.
         *steps, (last, _) = estimator.steps
-        preprocess = clone(Pipeline([*steps, (last, FunctionTransformer())]))
+        preprocess = clone(Pipeline([*steps, (last, FunctionTransformer())], transform_input=estimator.transform_input))
         X_train = preprocess.fit_transform(X_train, y_train, **earlier)
         X_valid = preprocess.transform(X_valid)
     net, weight = clone(net_of(estimator)), own.get("sample_weight")
+    _check_fit_params(last_step(estimator), own)
     number = np.arange(_num_samples(X))[train]
     if isinstance(net, TorchEstimator):
         net._note_rows(X_train, y_train, number)
@@ -215,12 +225,22 @@ def _fold(
     if len(number) == len(encoded.x):
         encoded = encoded._replace(number=torch.from_numpy(number).to(encoded.x.device))
     valid_weight = _params_of(estimator, X, fit_params, valid)[0].get("sample_weight")
-    if valid_weight is not None and not np.any(valid_weight):
+    if valid_weight is not None and not np.asarray(valid_weight).any():
         raise ValueError(
             f"sample_weight is zero for all {len(X_valid)} validation rows of a fold, and the hyperparameters descend the validation loss, weighted "
             "so, of every fold: choose folds (cv) with some weight in each, or leave these rows out of X."
         )
     return Fold(net, preprocess, encoded, net._encode_more(X_valid, y_valid, valid_weight))
+
+
+def _check_fit_params(net: Any, own: Mapping[str, Any]) -> None:
+    """Raise TypeError for what the net's ``fit`` does not take, before anything is trained."""
+    takes = inspect.signature(net.fit).parameters
+    unknown = [] if any(p.kind is p.VAR_KEYWORD for p in takes.values()) else sorted(own.keys() - takes.keys())
+    if unknown:
+        raise TypeError(
+            f"{type(net).__name__}.fit() got an unexpected argument {unknown[0]!r}; it takes {sorted(takes.keys() - {'X', 'y'})}."
+        )
 
 
 def _params_of(
@@ -251,5 +271,11 @@ class DrawnOnce:
 
     def split(self, *args: Any, **kwargs: Any) -> Any:
         if not hasattr(self, "splits"):
-            self.splits = list(self.cv.split(*args, **kwargs))
+            self.splits = [tuple(map(_numbers, split)) for split in self.cv.split(*args, **kwargs)]
         return iter(self.splits)
+
+
+def _numbers(rows: Any) -> np.ndarray:
+    """Numbers of rows, or a mask, as an array: what a user gives may be a range, a tuple or a tensor."""
+    numbers = np.asarray(rows)
+    return numbers if numbers.size else numbers.astype(int)

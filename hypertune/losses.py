@@ -144,6 +144,11 @@ class CustomLoss:
                 f"criterion {self.criterion!r} does not take outputs of shape {tuple(outputs.shape)} and targets of shape "
                 f"{tuple(y.shape)}: {error}.{hint}"
             ) from error
+        if not isinstance(loss, Tensor):
+            raise TypeError(
+                f"criterion {self.criterion!r} returned {type(loss).__name__}, which has no gradient; return a tensor of one number per row, shape ({rows},), "
+                "or of their mean."
+            )
         if getattr(self.criterion, "reduction", None) == "none" and loss.dim() > 1:
             loss = loss.flatten(1).mean(dim=1)
         if weighted and loss.dim() == 0:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -59,7 +60,10 @@ def make_optimizer(
     check_call(f"The step of optimizer {optimizer!r}", "no closure", type(made).step, made)
     schedule = LR_SCHEDULES[lr_schedule] if isinstance(lr_schedule, str) else lr_schedule
     check_call(f"lr_schedule {lr_schedule!r}", "(share)", schedule, 0.0)
-    peak = max(float(schedule(i / 20)) for i in range(21))
+    factors = [schedule(i / 20) for i in range(21)]
+    if not all(isinstance(factor, (Real, torch.Tensor)) for factor in factors):
+        raise TypeError(f"lr_schedule {lr_schedule!r} returned {factors[0]!r}, and not a factor of lr.")
+    peak = max(map(float, factors))
     if not 0.5 <= peak <= 2:
         raise ValueError(
             f"lr_schedule={lr_schedule!r} multiplies lr={lr:g} by at most {peak:g}. Let its largest factor be 1, and lr the largest rate."

@@ -6,6 +6,7 @@ seeded at the start, put back as it was at the end. Threads take turns.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,6 +17,8 @@ import torch
 from sklearn.utils import check_random_state
 
 ONE_AT_A_TIME = threading.RLock()
+if hasattr(os, "register_at_fork"):  # a thread that has it is not there in a child, and would never give it back
+    os.register_at_fork(after_in_child=ONE_AT_A_TIME._at_fork_reinit)  # type: ignore[attr-defined]
 
 
 def draw_seed(random_state: Any) -> int:

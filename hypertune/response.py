@@ -225,7 +225,8 @@ class BestResponse:
 
     def _validation_losses(self, lam: Tensor) -> Tensor:
         """λ (m, n) → (K, m), on all validation rows of each fold."""
-        return validation_losses(self.hypernetwork, self.objective, self.folds, lam)
+        with isolated(self.seed, self.folds[0].net.device):  # a module or a criterion may draw
+            return validation_losses(self.hypernetwork, self.objective, self.folds, lam)
 
     def _standard_deviations(self, lam: Tensor) -> Tensor:
         """Of the validation loss at λ (m, n), mean over folds, (m,), to first order, if w₀ has a standard deviation of one."""

@@ -278,7 +278,12 @@ def _as_prior(name: str, distribution: Any) -> tuple[Any, bool]:
         raise ValueError(f"{where}: {distribution!r} is discrete; {outer}")
     if isinstance(distribution, rv_continuous_frozen):
         log = distribution.dist.name in _LOG_UNIFORM
-        low, _ = distribution.support()
+        low, high = distribution.support()
+        if np.ndim(low) or np.ndim(high):
+            raise ValueError(
+                f"{where}: {distribution.dist.name} with arrays of arguments is many distributions; give numbers (per_layer, per_unit, per_weight and "
+                "per_feature make many values of one)."
+            )
         if math.isnan(low):  # scipy answers nan for shape arguments outside the family
             bound = "a log distribution needs 0 < low < high" if log else "its arguments are outside the family"
             raise ValueError(f"{where}: {distribution.dist.name}{distribution.args} has no support: {bound}.")
@@ -289,6 +294,11 @@ def _as_prior(name: str, distribution: Any) -> tuple[Any, bool]:
         raise ValueError(f"{where}: {distribution!r} is not frozen; call it with its arguments, as in uniform(0, 0.8).")
     if hasattr(distribution, "rvs"):
         raise ValueError(f"{where}: {distribution!r} is not a continuous distribution; {outer}")
+    if type(distribution).__module__.startswith("scipy.stats"):  # scipy's newer kind
+        raise ValueError(
+            f"{where}: got {distribution!r}; of scipy.stats the distributions with rvs and ppf are taken, such as uniform(low, high - low), "
+            "loguniform(low, high) or truncnorm(a, b, loc, scale)."
+        )
     if isinstance(distribution, (list, tuple, np.ndarray, range)):
         raise ValueError(
             f"{where}: a list of choices has no gradient; for a range write loguniform(low, high) or uniform(low, high - low); {outer}"

@@ -324,15 +324,8 @@ class StackedModule:
         with self._set(training, rates), _no_fast_path():
             args, kwargs = arguments(x, self.inputs)
             state = {**named, **self._constants, **self._constant_buffers, **buffers}
-            try:
+            with explained(self.modules[training]):
                 outputs = functional_call(self.modules[training], state, args, kwargs, strict=True)
-            except IndexError as error:
-                if not any(isinstance(sub, nn.Embedding) for sub in self.modules[training].modules()):
-                    raise
-                raise IndexError(
-                    f"{error} (an embedding's codes go from 0 to num_embeddings - 1; name their columns in the estimator's `inputs`, so that "
-                    "input_noise and mixup leave them alone)"
-                ) from error
             if not isinstance(outputs, Tensor):
                 raise TypeError(f"the module's forward returns {type(outputs).__name__}, and not one tensor")
             for k, b in buffers.items():
@@ -388,6 +381,20 @@ def _memory_of(module: nn.Module, before: Memory | None = None) -> Memory:
 def flat_weights(module: nn.Module) -> Tensor:
     """The trained parameters of a module as one vector, shape (D,)."""
     return torch.cat([p.detach().reshape(-1) for p in module.parameters() if p.requires_grad])
+
+
+@contextmanager
+def explained(module: nn.Module) -> Iterator[None]:
+    """A call of the module, whose IndexError says what it is about, if it has an embedding."""
+    try:
+        yield
+    except IndexError as error:
+        if not any(isinstance(sub, nn.Embedding) for sub in module.modules()):
+            raise
+        raise IndexError(
+            f"{error} (an embedding's codes go from 0 to num_embeddings - 1; name their columns in the estimator's `inputs`, so that "
+            "input_noise and mixup leave them alone)"
+        ) from error
 
 
 def arguments(x: Tensor, inputs: Mapping[str, Tensor] | None) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:

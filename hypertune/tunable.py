@@ -84,6 +84,12 @@ def check_settings(owner: str, settings: Mapping[str, Any], space: Space, prefix
             )
         if h.grain is not None and isinstance(settings[name], (Mapping, Sequence, np.ndarray)):
             continue
+        part, _, keyword = name.removeprefix(prefix).partition("__")
+        if part in ("penalty", "augment") and keyword and hasattr(settings.get(f"{prefix}{part}"), "get_params"):
+            raise ValueError(
+                f"{where}: {keyword!r} is a parameter of the object {part}={settings[f'{prefix}{part}']!r}; what can be tuned are keywords of "
+                f"a plain function, as {keyword!r} in `def {part}(..., {keyword}=1.0)`."
+            )
         if not isinstance(settings[name], Real) or isinstance(settings[name], bool):
             raise ValueError(
                 f"{where}: its current value {settings[name]!r} is not a number, so there is no gradient to follow. Set it on "
@@ -100,10 +106,21 @@ def _check_factory(where: str, module: Any) -> None:
         )
     if inspect.isclass(module) and hasattr(module, "get_params"):
         raise ValueError(f"{where}: module is the class {module.__name__}; give it a factory, {module.__name__}().")
+    if callable(module) and any(p.kind is p.VAR_KEYWORD for p in _parameters(module)):
+        raise ValueError(
+            f"{where}: the factory {module!r} takes any keyword (**), and names none: give it that keyword by name, with a default."
+        )
     if module is None:
         raise ValueError(
             f"{where}: module is None, which stands for MLP() and has no keywords to set. Give it: module=MLP()."
         )
+
+
+def _parameters(function: Any) -> list[inspect.Parameter]:
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # it has no signature to look at
+        return []
 
 
 def check_names(net: Net, space: Space) -> None:

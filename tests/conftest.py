@@ -35,6 +35,17 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.fixture
+def no_training(monkeypatch) -> None:
+    """Whoever begins to train fails."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("training has begun")
+
+    monkeypatch.setattr("hypertune.training.Minibatches", refuse)
+    monkeypatch.setattr("hypertune.base.Minibatches", refuse)
+
+
+@pytest.fixture
 def used(monkeypatch) -> list[bool]:
     """What the retrained candidates answered to the fits that asked for their weights."""
     answers: list[bool] = []

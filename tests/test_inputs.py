@@ -272,3 +272,34 @@ def test_what_are_codes_is_learned_from_the_rows_of_fit(iris):
     X[0, 1] = 3e7
     fitted = TorchClassifier(Both, inputs={"a": [0], "b": [1]}, max_epochs=1, random_state=0).fit(X, y)
     assert fitted.predict(X[:1]).shape == (1,)
+
+
+@pytest.mark.parametrize(
+    "numbers", [[True, True, False], np.array([True, True, False]), slice(0, 2), range(2)], ids=["list", "mask", "slice", "range"]
+)  # fmt: skip
+def test_a_group_of_columns_may_be_a_mask_or_a_slice(iris, numbers):
+    X, y = np.c_[iris[0][:100, 1::-1], np.arange(100) % 3], iris[1][:100]
+    net = TorchClassifier(Echo, inputs={"numbers": [0, 1], "code": [2]}, max_epochs=1, random_state=0)
+    other = net.__sklearn_clone__().set_params(inputs={"numbers": numbers, "code": [False, False, True]})
+    assert_allclose(other.fit(X, y).predict_proba(X), net.fit(X, y).predict_proba(X))
+
+
+def test_a_mask_is_of_all_columns(iris):
+    net = TorchClassifier(Echo, inputs={"numbers": [True, False], "code": [2]})
+    with pytest.raises(ValueError, match=r"a mask of shape \(2,\), and X has 4 columns"):
+        net.fit(*iris)
+
+
+def test_an_unseen_code_is_explained_in_predict_too(iris):
+    class Embeds(nn.Module):
+        def __init__(self, widths, m):
+            super().__init__()
+            self.embed = nn.Embedding(3, m)
+
+        def forward(self, code):
+            return self.embed(code[:, 0].long())
+
+    X = (np.arange(150) % 3)[:, None]
+    net = TorchClassifier(Embeds, inputs={"code": [0]}, max_epochs=1, random_state=0).fit(X, iris[1])
+    with pytest.raises(IndexError, match="an embedding's codes go from 0 to num_embeddings - 1"):
+        net.predict(X + 1)

@@ -24,15 +24,6 @@ from hypertune import MLP, TorchClassifier, TorchRegressor, model_factory, per_f
 from tests.searches import NET, search
 
 
-@pytest.fixture
-def no_training(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError("training has begun")
-
-    monkeypatch.setattr("hypertune.training.Minibatches", refuse)
-    monkeypatch.setattr("hypertune.base.Minibatches", refuse)
-
-
 @pytest.mark.parametrize(
     ("space", "message"),
     [
@@ -69,6 +60,10 @@ def no_training(monkeypatch):
             r"\['module__activation'\]: its current value 'relu' is not a number",
         ),
         ({"module__ignored": uniform(0, 1)}, r"\['module__ignored'\]: it reaches nothing in the model"),
+        (
+            {"weight_decay": uniform([0, 0], [1, 1])},
+            r"uniform with arrays of arguments is many distributions.*per_layer",
+        ),
     ],
 )
 @pytest.mark.usefixtures("no_training")
@@ -221,6 +216,27 @@ def test_keywords_of_no_module_are_refused_with_what_to_do(iris):
         search(estimator=TorchClassifier(), param_distributions={"module__dropout": uniform(0, 0.5)}).fit(*iris)
 
 
+def test_a_factory_that_takes_any_keyword_is_to_name_it(iris, no_training):
+    def factory(n, m, **keywords):
+        return nn.Linear(n, m)
+
+    with pytest.raises(ValueError, match=r"takes any keyword \(\*\*\), and names none"):
+        search(estimator=TorchClassifier(factory), param_distributions={"module__dropout": uniform(0, 0.5)}).fit(*iris)
+
+
+def test_parameters_of_an_object_that_is_a_penalty_are_refused(iris, no_training):
+    class Ridge(BaseEstimator):
+        def __init__(self, strength=0.1):
+            self.strength = strength
+
+        def __call__(self, weights):
+            return self.strength * weights["1.weight"].square().sum()
+
+    net = TorchClassifier(MLP(hidden=(6,)), penalty=Ridge())
+    with pytest.raises(ValueError, match=r"'strength' is a parameter of the object penalty=Ridge\(\).*plain function"):
+        search(estimator=net, param_distributions={"penalty__strength": loguniform(1e-5, 1)}).fit(*iris)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -336,6 +352,11 @@ class Complex(nn.Linear):
         self.phase = nn.Parameter(torch.ones(m, dtype=torch.cfloat))
 
 
+class Detached(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).detach()
+
+
 class Locked(nn.Linear):
     def __init__(self, n, m):
         super().__init__(n, m)
@@ -363,6 +384,11 @@ class Codes(nn.Module):
         (TorchClassifier(optimizer=type("Muon", (torch.optim.SGD,), {})), ValueError, "Muon works on the matrices"),
         (TorchClassifier(optimizer=torch.optim.LBFGS), TypeError, "step of optimizer .* is called with no closure"),
         (TorchClassifier(optimizer=lambda params, lr: None), TypeError, "returned None, and not a torch optimizer"),
+        (TorchClassifier(lr_schedule=lambda share: None), TypeError, "returned None, and not a factor of lr"),
+        (TorchClassifier(criterion=lambda outputs, y: 1.0), TypeError, "returned float, which has no gradient"),
+        (TorchClassifier(Detached), ValueError, "have no gradient: they were detached"),
+        (TorchClassifier(MLP(hidden="64")), ValueError, r"MLP\(hidden='64'\): give a number of units"),
+        (TorchClassifier(MLP(hidden=64.0)), ValueError, r"MLP\(hidden=64.0\): give a number of units"),
         (TorchClassifier(lr_schedule=lambda: 1.0), TypeError, r"lr_schedule .* is called with \(share\)"),
         (TorchClassifier(Complex), ValueError, "has complex weights or buffers"),
         (TorchClassifier(lr=1.0, lr_schedule=lambda share: 0.01), ValueError, r"multiplies lr=1 by at most 0\.01"),
