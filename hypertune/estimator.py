@@ -64,7 +64,7 @@ class TorchClassifier(ClassifierMixin, TorchEstimator):
     augment : callable ``(x, generator, **hyperparameters) -> x``, default=None
         Applied to the rows x (B, ...) of every training minibatch; draws from the ``torch.Generator`` alone, which is on the device
         of x. Keywords with a default are parameters, ``augment__…``.
-    inputs : dict from str to list, default=None
+    inputs : dict from str to list, mask or slice, default=None
         For modules of several inputs: the columns of X for each argument of ``forward``: names, numbers, a mask or a slice. The factory
         then gets a dict of their widths as n_features_in.
     sample_weight : array-like of shape (n_samples,), default=None

@@ -30,7 +30,8 @@ from hypertune.recurrent import TensorRecurrent
 from hypertune.stacked import StackedModule
 
 _CONTAINERS = (list, tuple, dict, deque)
-_CONVOLVED = 1_000_000  # multiplications for a row: larger convolutions are slower together, on a CPU
+_CONVOLVED = 1_000_000  # multiplications for a row: beyond it each fold had better be trained by itself, on a CPU
+_IN_TURN = 50_000  # the same of a pass with convolutions of images, which is up to 1.5 times as long under vmap
 # What is better one after the other sooner: steps through a sequence (torch's own LSTM is the fastest of them), and attention.
 _RECURRENT, _LSTM, _ATTENTION = 400_000, 40_000, 250_000
 _LOOKED_AT = 8  # columns
@@ -68,6 +69,8 @@ def examine(stacked: StackedModule, x: Tensor, values: Mapping[str, float]) -> N
     try:
         for training in (True, False):
             _compare(run, training, noise, x.device)
+        convolves = any(isinstance(sub, (nn.Conv2d, nn.Conv3d)) for sub in stacked.fresh.modules())
+        stacked.in_turn = convolves and x.device.type == "cpu" and stacked.cost > _IN_TURN
     except Exception as error:
         stacked.stacked = False
         why = (str(error).partition(" We don't support")[0].splitlines() or [type(error).__name__])[0]

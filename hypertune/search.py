@@ -77,8 +77,8 @@ class HyperTrainingSearchCV(BaseSearchCV):
     start : {"screened", "estimator"}, default="screened"
         Where the hyperparameters start: at the best of a few settings that are trained first, or at the estimator's own (a
         logarithmic one that is at the bound of its range, such as a ``weight_decay`` of 0, at quantile 1/3 of its distribution).
-        Screened are small models that can be stacked, and those with BatchNorm if a logarithmic hyperparameter is tuned (larger ones
-        on one fold); not with ``evaluate="hypernetwork"``, ``algorithm="global"``, skorch nets or ``sample_weight``. "screened" also
+        Screened are small models that can be stacked; and, if a logarithmic hyperparameter is tuned, those with BatchNorm that are
+        larger or cannot be stacked, on one fold. Not with ``evaluate="hypernetwork"``, ``algorithm="global"``, skorch nets or ``sample_weight``. "screened" also
         begins again, with less regularisation, where nothing but a constant prediction was left at the end. "estimator" verifies the tuned
         setting and the estimator's own only.
     evaluate : {"retrain", "hypernetwork"}, default="retrain"
@@ -145,7 +145,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
         Mean cross-validated score of ``best_estimator_``. Optimistic, as ``GridSearchCV``'s is: the hyperparameters
         were fitted to these folds. The honest figure is ``cross_val_score`` of the whole search.
     best_params_ : dict
-        The best setting, inside the declared bounds: a float for each name, or for a finer grain what the estimator takes: a
+        The best setting, inside the declared bounds: a float for each name, or where it has several values what the estimator takes: a
         dict from parameter name of the module to floats or arrays, or an array.
     best_index_ : int
         Its row in ``cv_results_``.

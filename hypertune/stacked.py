@@ -56,6 +56,8 @@ class StackedModule:
         Multiplications by weights for one row: D, unless :func:`hypertune.examination.examine` counts more (a convolution has).
     stacked : bool
         Whether M models share one pass. Set to False by the examination for modules that cannot, or had better not.
+    in_turn : bool
+        Whether the models of a pass are nevertheless computed one after the other, which is faster for some: the examination knows.
     first : str
         Name of the first layer with weights that the examination saw called; empty if that is the module itself, and before that.
     first_sees_features : bool
@@ -80,7 +82,7 @@ class StackedModule:
         folds: int = 1,
     ):
         self.reach, self.inputs = dict(reach or {}), inputs
-        self.stacked, self.first, self.first_sees_features = True, "", True
+        self.stacked, self.in_turn, self.first, self.first_sees_features = True, False, "", True
         self._written = [k for k, b in module.named_buffers() if b.layout == torch.strided]
         self.fresh = with_own_layers(module)
         self._begin_anew()
@@ -291,7 +293,7 @@ class StackedModule:
                 return run_layers(layers, {**named, **constants}, x)
         kept = self._kept(len(x), fold)
         keep = keep and len({*kept}) == len(kept)
-        if len(x) > 1 and self.stacked:
+        if len(x) > 1 and self.stacked and not self.in_turn:
             like = self._like
             tensors = {
                 k: torch.as_tensor(v, dtype=like.dtype, device=like.device).expand(len(x)) for k, v in rates.items()
