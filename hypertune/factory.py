@@ -33,6 +33,7 @@ from torch import nn
 
 from hypertune.functions import check_call
 from hypertune.modules import refuse_modules
+from hypertune.parametrized import picklable
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -204,7 +205,7 @@ def build(factory: Any, n_features_in: Any, n_outputs: int) -> nn.Module:
     if not any(p.requires_grad for p in module.parameters()):
         raise ValueError(f"{who} returned a module without trainable parameters.")
     try:
-        return copy.deepcopy(module)
+        return picklable(copy.deepcopy(module))
     except (RuntimeError, TypeError, NotImplementedError) as error:
         raise ValueError(
             f"{who} returned a module that cannot be copied ({error}). Of torch's weight_norm and spectral_norm those in "
