@@ -11,6 +11,7 @@ True
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from typing import Any
 
@@ -47,7 +48,7 @@ def _restore(kind: type[nn.Module], state: dict[str, Any], lists: dict[str, Any]
         parametrizations.train(training)
         layer.register_parameter(name, nn.Parameter(value))
         for one in parametrizations:
-            parametrize.register_parametrization(layer, name, one, unsafe=True)
+            parametrize.register_parametrization(layer, name, copy.deepcopy(one), unsafe=True)
     for name, parametrizations in lists.items():
         layer.parametrizations[name] = parametrizations  # type: ignore[operator, index]
     return picklable(layer)

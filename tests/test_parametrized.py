@@ -55,6 +55,7 @@ class Net(nn.Sequential):
         super().__init__(masked_and_bounded(), nn.ReLU(), parametrizations.weight_norm(nn.Linear(6, m)))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_a_search_is_what_it_was_and_runs_in_worker_processes(iris):
     net = TorchClassifier(Net, max_epochs=2, random_state=0)
     search = HyperTrainingSearchCV(net, {"weight_decay": loguniform(1e-5, 1)}, cv=2, random_state=0)
