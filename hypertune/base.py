@@ -134,7 +134,7 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
             w = nn.Parameter(objective.initial_weights()[None])
 
             def trained() -> nn.Module:
-                return objective.load_into(copy.deepcopy(module), w[0]).eval().requires_grad_(False)
+                return objective.load_into(copy.deepcopy(module), w[0]).eval()
 
             stream = Minibatches([rows], self.batch_size, seed=seed)
             self.loss_curve_ = self._train(
@@ -352,7 +352,7 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
 
     def _adopt(self, module: nn.Module) -> Self:
         """Become a fitted estimator around a trained module."""
-        self.module_ = module.eval().requires_grad_(False)
+        self.module_ = module.eval()
         self.n_iter_ = self.max_epochs
         return self
 

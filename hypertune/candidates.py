@@ -7,6 +7,8 @@ earlier λ, and λ̂ asks for too little regularisation: an effect like the shor
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -20,31 +22,36 @@ _WORTHWHILE = 0.02  # of the tuned setting's loss: so much better must another b
 _ON_THE_LINE = (0.5, 1.5, 2.0, 3.0)  # times as far from the tuned setting as the best one
 
 
-def distinct(tuned: Tensor, start: Tensor | None, current: Tensor) -> list[Tensor]:
-    """Tuned, the middle, start, the estimator's own setting, each (n,); the second and third where they differ noticeably."""
-    known = [tuned, current]
-    between = [] if start is None else _new([(tuned + start) / 2, start], known)
-    return [tuned, *between] if torch.equal(tuned, current) else [tuned, *between, current]
+Candidates = dict[str, Tensor]  # by name, λ of each, (n,)
+
+
+def distinct(tuned: Tensor, start: Tensor | None, current: Tensor) -> Candidates:
+    """ "tuned"; "middle" and "start", if it was screened and where they differ noticeably; and the estimator's "own" setting."""
+    candidates = {"tuned": tuned}
+    if start is not None:
+        candidates |= _new({"middle": (tuned + start) / 2, "start": start}, [tuned, current])
+    return candidates if torch.equal(tuned, current) else candidates | {"own": current}
 
 
 def retrain_candidates(
     task: Task,
-    candidates: list[Tensor],
+    candidates: Candidates,
     *,
     more: bool = True,
     watched: bool = False,
-) -> tuple[list[Tensor], list[Retrained], tuple[Tensor, Tensor] | None]:
+) -> tuple[Candidates, list[Retrained], tuple[Tensor, Tensor] | None]:
     """Retrain what :func:`distinct` gave, if that can be stacked; and with ``more``:
 
-    1. of small models the tuned setting with all logarithmic hyperparameters e^1.5 times as large, which for penalties is stronger;
-    2. of these, if one of all is better than the tuned setting by 2%: four settings on the line from that through the best;
-    3. of others with BatchNorm: the best setting, with stronger penalties.
+    1. of small models, "stronger": the tuned setting with all logarithmic hyperparameters e^1.5 times as large, which for penalties is so;
+    2. of these, if one of all is better than the tuned setting by 2%: four settings on the line from that through the best, "tuned x 1.5" being
+       half as far again;
+    3. of others with BatchNorm: "stronger", from the best setting.
 
     The last two take a second stacked pass.
 
     Returns
     -------
-    candidates : list of Tensor of shape (n,)
+    candidates : dict from str to Tensor of shape (n,)
         What was given, and then what was added and did not diverge. They do not depend on ``watched``.
     retrained : list of Retrained
         Empty if they cannot be stacked, or if each fit is ``watched``: someone wants to see it happen.
@@ -56,35 +63,39 @@ def retrain_candidates(
     more = more and (small or objective.has_statistics)
     if watched and not more:
         return candidates, [], None
-    stronger, tried = _STRONGER * space.log, list(candidates)
+    stronger, tuned, tried = _STRONGER * space.log, candidates["tuned"], dict(candidates)
     if more and small:
-        tried += _new([space.clip(tried[0] + stronger)], tried)
-    first = retrain(task, torch.stack(tried))
+        tried |= _new({"stronger": space.clip(tuned + stronger)}, tried.values())
+    first = retrain(task, torch.stack([*tried.values()]))
     if first is None:
         return candidates, [], None
     retrained, losses = [first], first.validation_losses(folds)
-    best, further = tried[int(losses.argmin())], []
+    best, further = [*tried.values()][int(losses.argmin())], {}
     if more and not small and losses.isfinite().any():
-        further = [best + stronger]
+        further = {"stronger": best + stronger}
     elif more and losses[0] - losses.min() > _WORTHWHILE * losses[0].abs():
-        further = [tried[0] + times * torch.where(best == tried[0], 0.0, best - tried[0]) for times in _ON_THE_LINE]
-    if further := _new([space.clip(lam) for lam in further], tried):
-        second = retrain(task, torch.stack(further), seed=first.seed)
+        away = torch.where(best == tuned, 0.0, best - tuned)
+        further = {f"tuned x {times:g}": tuned + times * away for times in _ON_THE_LINE}
+    if further := _new({name: space.clip(lam) for name, lam in further.items()}, tried.values()):
+        second = retrain(task, torch.stack([*further.values()]), seed=first.seed)
         if second is not None:
-            tried, retrained = [*tried, *further], [first, second]
+            tried, retrained = tried | further, [first, second]
             losses = torch.cat([losses, second.validation_losses(folds)])
     given = len(candidates)
-    added = [lam for lam, loss in zip(tried[given:], losses[given:], strict=True) if loss.isfinite()]
+    added = {
+        name: lam for (name, lam), loss in zip([*tried.items()][given:], losses[given:], strict=True) if loss.isfinite()
+    }
     # Added ones are not among them: they were chosen by their losses and lie on one line, which would bias how far the response is off.
-    return [*candidates, *added], [] if watched else retrained, (torch.stack(candidates), losses[:given])
+    verified = torch.stack([*candidates.values()]), losses[:given]
+    return candidates | added, [] if watched else retrained, verified
 
 
-def _new(settings: list[Tensor], known: list[Tensor]) -> list[Tensor]:
+def _new(settings: Candidates, known: Iterable[Tensor]) -> Candidates:
     """Those of ``settings`` that differ noticeably from all of ``known`` and from one another."""
-    kept: list[Tensor] = []
-    for lam in settings:
-        if all(_distance(lam, other) > _NOTICEABLE for other in [*known, *kept]):
-            kept.append(lam)
+    known, kept = list(known), Candidates()
+    for name, lam in settings.items():
+        if all(_distance(lam, other) > _NOTICEABLE for other in [*known, *kept.values()]):
+            kept[name] = lam
     return kept
 
 

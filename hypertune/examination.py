@@ -35,6 +35,7 @@ _IN_TURN = 50_000  # the same of a pass with convolutions of images, which is up
 # What is better one after the other sooner: steps through a sequence (torch's own LSTM is the fastest of them), and attention.
 _RECURRENT, _LSTM, _ATTENTION = 400_000, 40_000, 250_000
 _LOOKED_AT = 8  # columns
+_AWAY = 0.01  # of the initial weights
 
 
 def examine(stacked: StackedModule, x: Tensor, values: Mapping[str, float]) -> None:
@@ -210,7 +211,10 @@ def _run(
 ) -> _Run:
     """So many of the same, under the same random numbers."""
     module = stacked.with_statistics_of(1, models)
-    w = stacked.initial_weights().expand(models, -1).clone().requires_grad_()
+    w = stacked.initial_weights()
+    # Away from where layers begin: zeros of a bias under zeros of an image are on the kink of a ReLU, and either slope is right there.
+    w = w + _AWAY * torch.randn(w.shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(w)
+    w = w.expand(models, -1).clone().requires_grad_()
     set_rng_state(noise, x.device)
     rates = {k: w.new_tensor([v] * models) for k, v in values.items()} if models > 1 else values
     outputs = module.outputs(module.named(w), x.expand(models, *x.shape), rates, training=training)

@@ -254,6 +254,8 @@ def _params_of(
         prefix = prefix_of(estimator)
         own = {name.removeprefix(prefix): value for name, value in params.items() if name.startswith(prefix)}
         return own, {name: value for name, value in params.items() if not name.startswith(prefix)}
+    if not params:
+        return {}, {}
     routed = process_routing(estimator, "fit", **params)
     *others, (last, _) = estimator.steps
     wanted = {key for name, _ in others if name in routed for method in routed[name].values() for key in method}

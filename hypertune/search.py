@@ -138,7 +138,8 @@ class HyperTrainingSearchCV(BaseSearchCV):
     Attributes
     ----------
     cv_results_ : dict of arrays
-        As in ``GridSearchCV``; one row per candidate. ``mean_fit_time`` does not include the stacked passes in which candidates are retrained together.
+        As in ``GridSearchCV``; one row per candidate, with its name under "candidate": "tuned", "middle", "start", "own",
+        "stronger", and "tuned x 1.5" where it is half as far again from the tuned setting as the best of these. ``mean_fit_time`` does not include the stacked passes in which candidates are retrained together.
     best_estimator_ : estimator
         Refitted on all the data with ``best_params_``; only if ``refit``.
     best_score_ : float
@@ -367,20 +368,23 @@ class HyperTrainingSearchCV(BaseSearchCV):
 
     def _run_search(self, evaluate_candidates: Any, *, callback_ctx: Any = None) -> None:
         self._callback_ctx = callback_ctx
-        candidates = self._propose_candidates()
+        proposed, names = self._propose_candidates(), {}
+        if isinstance(proposed, Mapping):
+            names = {"more_results": {"candidate": [*proposed]}}
+        candidates = [*proposed.values()] if isinstance(proposed, Mapping) else proposed
         if callback_ctx is None:
-            evaluate_candidates(candidates)
+            evaluate_candidates(candidates, **names)
             return
         search_ctx = callback_ctx.subcontext(
             task_name="search", max_subtasks=len(candidates) * self.n_splits_, sequential_subtasks=False
         ).call_on_fit_task_begin(estimator=self)
-        evaluate_candidates(candidates, callback_ctx=search_ctx)
+        evaluate_candidates(candidates, callback_ctx=search_ctx, **names)
         search_ctx.call_on_fit_task_end(estimator=self)
 
     # --- the proposal -------------------------------------------------------------------------------------------------
 
-    def _propose_candidates(self) -> list[dict[str, Any]]:
-        """Hyper-train, and return the settings to verify. A subclass may put any other proposal in its place."""
+    def _propose_candidates(self) -> Mapping[str, dict[str, Any]] | list[dict[str, Any]]:
+        """Hyper-train, and return the settings to verify, by name. A subclass may put any other proposal in its place, without names too."""
         space, folds, _, current, _ = task = self._make_task()
         start = None
         if self.evaluate == "retrain" and self.start == "screened" and self.algorithm != "global":
@@ -405,7 +409,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
         if self.evaluate == "hypernetwork":
             self.best_response_ = response
             self._known.append(response)
-            return [response.params]
+            return {"tuned": response.params}
         tuned = space.encode(response.params)
         candidates = distinct(tuned, start, current)
         candidates, retrained, verified = retrain_candidates(
@@ -413,7 +417,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
         )
         self.best_response_ = replace(response, verified=verified)
         self._known += retrained
-        return [space.decode(lam) for lam in candidates]
+        return {name: space.decode(lam) for name, lam in candidates.items()}
 
     def _make_task(self) -> Task:
         """What is to be trained; refuses what cannot be."""

@@ -11,6 +11,7 @@ loss, over all trained weights. Of the net's callbacks the hyper-training heeds 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from sklearn.base import clone
 from skorch import NeuralNet, NeuralNetBinaryClassifier, NeuralNetClassifier
-from skorch.callbacks import LRScheduler
+from skorch.callbacks import EarlyStopping, LRScheduler
 from torch import Tensor, nn
 
 from hypertune.batches import Rows
@@ -93,6 +94,13 @@ class SkorchNet:
             raise ValueError(f"The hyper-training follows one LRScheduler; the net has {len(schedulers)}.")
         if "param_groups" in self.net.get_params_for("optimizer"):
             raise ValueError("optimizer__param_groups: the hyper-training trains all weights alike; leave it out.")
+        if ignored := self._ignored():
+            warnings.warn(
+                f"The hyper-training trains on all rows of a fold and for max_epochs: of the net's it ignores {' and '.join(ignored)}, which the fits of "
+                "candidates do not.",
+                UserWarning,
+                stacklevel=2,
+            )
         self.net.check_data(X, y)
         return self._encode_more(X, y, sample_weight)
 
@@ -157,10 +165,17 @@ class SkorchNet:
             optimizer, lambda progress: float(rates[min(int(progress * updates), updates - 1)]) / lr, steps
         )
 
-    def _schedulers(self) -> list[LRScheduler]:
+    def _callbacks(self) -> list[Any]:
         callbacks = self.net.callbacks if isinstance(self.net.callbacks, (list, tuple)) else []
-        found = [c[1] if isinstance(c, tuple) else c for c in callbacks]
-        return [c for c in found if isinstance(c, LRScheduler)]
+        return [c[1] if isinstance(c, tuple) else c for c in callbacks]
+
+    def _schedulers(self) -> list[LRScheduler]:
+        return [c for c in self._callbacks() if isinstance(c, LRScheduler)]
+
+    def _ignored(self) -> list[str]:
+        """What makes a fit of the net's another training than the hyper-training's."""
+        split = ["train_split (set it to None)"] if self.net.train_split else []
+        return split + ["EarlyStopping"] * any(isinstance(c, EarlyStopping) for c in self._callbacks())
 
     def _check_outputs(self, objective: Objective, x: Tensor) -> None:
         w = objective.initial_weights()[None]

@@ -23,7 +23,9 @@ TUNED, START, OWN = torch.tensor([[-8.0], [-7.0], [-13.0]], dtype=torch.float64)
 def test_settings_that_share_an_infinite_coordinate_differ_by_the_others():
     """The logarithm of no noise at all, under a distribution that begins at zero."""
     tuned, start, own = torch.tensor([[-torch.inf, 0.0], [-torch.inf, 1.0], [-torch.inf, 3.0]])
-    assert [lam.tolist() for lam in distinct(tuned, start, own)] == [[-torch.inf, x] for x in (0.0, 0.5, 1.0, 3.0)]
+    assert [lam.tolist() for lam in distinct(tuned, start, own).values()] == [
+        [-torch.inf, x] for x in (0.0, 0.5, 1.0, 3.0)
+    ]
     assert len(distinct(tuned, tuned.clone(), own)) == 2
 
 
@@ -37,9 +39,9 @@ def test_the_line_through_a_better_setting_keeps_an_infinite_coordinate(verified
 
 def test_settings_that_hardly_differ_are_verified_once():
     tuned, near, far = torch.zeros(2), torch.tensor([0.0, 0.009]), torch.tensor([0.0, 1.0])
-    assert [lam.tolist() for lam in distinct(tuned, near, far)] == [[0, 0], [0, 1]]
-    assert [lam.tolist() for lam in distinct(tuned, far, far)] == [[0, 0], [0, 0.5], [0, 1]]
-    assert distinct(tuned, None, near) == [tuned, near]  # the estimator's own setting always is
+    assert [lam.tolist() for lam in distinct(tuned, near, far).values()] == [[0, 0], [0, 1]]
+    assert [lam.tolist() for lam in distinct(tuned, far, far).values()] == [[0, 0], [0, 0.5], [0, 1]]
+    assert [*distinct(tuned, None, near).values()] == [tuned, near]  # the estimator's own setting always is
     assert len(distinct(tuned, None, tuned.clone())) == 1
 
 
@@ -57,7 +59,7 @@ def verified(iris, monkeypatch):
             candidates, retrained, known = retrain_candidates(task, distinct(*lams), **params)
         if known is not None:
             assert_allclose(known[1], loss(known[0]))
-        return torch.stack(candidates).squeeze(1).tolist(), [len(r.lam) for r in retrained], known
+        return torch.stack([*candidates.values()]).squeeze(1).tolist(), [len(r.lam) for r in retrained], known
 
     return run
 

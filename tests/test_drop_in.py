@@ -600,3 +600,34 @@ def test_a_criterion_that_draws_leaves_global_random_numbers_alone(iris):
     response = search(estimator=net, param_distributions=space).fit(*iris).best_response_
     assert response.validation_loss() == response.validation_loss()
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_pipeline_under_routing_needs_no_parameter_of_fit(iris):
+    with config_context(enable_metadata_routing=True):
+        pipeline = make_pipeline(StandardScaler(), clone(NET).set_params(max_epochs=1))
+        space = {f"torchclassifier__{name}": distribution for name, distribution in SPACE.items()}
+        search(estimator=pipeline, param_distributions=space).fit(*iris)
+
+
+def test_candidates_have_names(iris):
+    found = search(start="screened", max_epochs=20).fit(*iris)
+    names, settings = list(found.cv_results_["candidate"]), found.cv_results_["params"]
+    assert names[0] == "tuned"
+    assert settings[0] == found.best_response_.params
+    own = settings[names.index("own")]
+    assert own["module__dropout"] == NET.get_params()["module__dropout"]
+    assert len(set(names)) == len(names) > 2
+    assert list(search(evaluate="hypernetwork", max_epochs=1).fit(*iris).cv_results_["candidate"]) == ["tuned"]
+
+
+def test_the_module_can_be_trained_on(iris):
+    """As a backbone, say; and what was frozen stays so."""
+
+    def half_frozen(n: int, m: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(n, 4).requires_grad_(False), nn.Linear(4, m))
+
+    net = TorchClassifier(half_frozen, max_epochs=1, random_state=0)
+    found = search(estimator=net, param_distributions={"weight_decay": SPACE["weight_decay"]}).fit(*iris)
+    for fitted in (net.fit(*iris), found.best_estimator_, found.best_response_.estimator_at()):
+        assert [p.requires_grad for p in fitted.module_.parameters()] == [False, False, True, True]
+        assert not fitted.module_.training

@@ -63,7 +63,7 @@ def test_a_linear_regressor_at_fixed_weight_decay_is_ridge():
     ).fit(X, y)
     exact = Ridge(alpha=len(X) * weight_decay / 2).fit(X, (y - y.mean()) / y.std())
     weights = next(p for name, p in model.module_.named_parameters() if p.dim() == 2)
-    assert_allclose(weights[0].numpy(), exact.coef_, rtol=1e-3, atol=1e-4)
+    assert_allclose(weights[0].detach().numpy(), exact.coef_, rtol=1e-3, atol=1e-4)
 
 
 def test_one_hidden_layer_may_be_a_number():

@@ -258,7 +258,7 @@ def test_running_statistics_are_those_of_the_tuned_setting():
         net, {"weight_decay": PRIOR, "module__dropout": uniform(0, 0.5)}, cv=[(rows, rows)], random_state=0, scale=2.0
     ).fit(X, y)
     module = found.best_response_.estimator_at().module_
-    hidden = module[0](torch.from_numpy(X))
+    hidden = module[0](torch.from_numpy(X)).detach()
     assert_allclose(module[1].running_mean, hidden.mean(dim=0), atol=0.1)
     assert_allclose(module[1].running_var, hidden.var(dim=0), rtol=0.2)
 

@@ -184,7 +184,7 @@ def test_a_loss_that_is_no_sum_over_rows_is_that_of_all_rows(iris, monkeypatch, 
     for k, fold in enumerate(response.folds):
         module = response.estimator_at(fold=k).module_
         own = criterion.double()(module(fold.valid.x), fold.valid.y)
-        losses.append(float(own if not weighted else (own * fold.valid.weight).sum() / fold.valid.weight.sum()))
+        losses.append((own if not weighted else (own * fold.valid.weight).sum() / fold.valid.weight.sum()).item())
     assert whole == pytest.approx(np.mean(losses))
     monkeypatch.setattr("hypertune.objective._PIECE", 7)
     assert response.validation_loss() == pytest.approx(whole)

@@ -15,7 +15,8 @@ from sklearn.model_selection import cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from skorch import NeuralNetBinaryClassifier, NeuralNetClassifier, NeuralNetRegressor
-from skorch.callbacks import LRScheduler
+from skorch.callbacks import EarlyStopping, LRScheduler
+from skorch.dataset import ValidSplit
 from torch import nn
 
 from hypertune import HyperTrainingSearchCV, per_layer
@@ -187,3 +188,13 @@ def test_small_targets_are_no_constant_prediction(monkeypatch):
     space = {"optimizer__weight_decay": loguniform(1e-6, 1e-3)}
     HyperTrainingSearchCV(net, space, cv=3, random_state=0).fit(X * 20, y[:, None] * 1e-5)
     assert len(runs) == 1
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [({"train_split": ValidSplit(5)}, r"train_split \(set it to None\)"), ({"callbacks": [("stop", EarlyStopping(monitor="train_loss"))]}, "EarlyStopping")],
+)  # fmt: skip
+def test_what_the_hyper_training_ignores_is_said(iris32, params, message):
+    net = classifier(max_epochs=1, **params)
+    with pytest.warns(UserWarning, match=f"it ignores {message}"):
+        search(net, SPACE).fit(*iris32)

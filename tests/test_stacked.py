@@ -289,6 +289,19 @@ def test_a_convolution_costs_its_multiplications_and_a_layer_its_weights():
     assert objective.cost == objective.D
 
 
+def test_images_with_blank_places_are_stacked():
+    """Where layers begin these are on the kink of a ReLU, and rounding decides about the slope."""
+    x = torch.zeros(2, 1, 8, 8)
+    x[:, :, 3:5, 3:5] = torch.rand(2, 1, 2, 2)
+    net = nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 2),
+    )  # fmt: skip
+    objective = Objective(net, cross_entropy)
+    examine(objective, x, {})
+    assert objective.stacked
+
+
 def test_convolutions_of_a_size_are_computed_in_turn_and_are_the_same():
     """Faster on a CPU; and they stay stacked, with all that comes with it."""
 
