@@ -154,6 +154,10 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
             total = torch.zeros((), dtype=w.dtype, device=w.device)
             for _ in range(stream.steps_per_epoch):
                 loss = objective.train_loss(w, {}, next(stream))
+                if not loss.requires_grad:
+                    raise ValueError(
+                        f"The outputs of {self.module!r} have no gradient: they were detached, or made without one."
+                    )
                 (w.grad,) = torch.autograd.grad(loss.sum(), w)
                 optimizer.step()
                 w.grad = None
@@ -327,22 +331,18 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
     def _check_outputs(self, objective: Objective, x: Tensor) -> None:
         noise = rng_state(x.device)
         try:
-            outputs = objective.predict(objective.initial_weights()[None].requires_grad_(), x[None])[0]
+            outputs = objective.predict(objective.initial_weights()[None], x[None])[0]
         except (RuntimeError, IndexError, TypeError) as error:
             raise ValueError(
                 f"The module of {self.module!r} does not run on rows of shape {tuple(x.shape[1:])}: {error}"
             ) from error
-        if not outputs.requires_grad:
-            raise ValueError(
-                f"The outputs of {self.module!r} have no gradient: they were detached, or made without one."
-            )
         if outputs.shape != (len(x), self.n_outputs_):
             raise ValueError(
                 f"The module of {self.module!r} maps {len(x)} rows to shape {tuple(outputs.shape)}; expected "
                 f"({len(x)}, {self.n_outputs_}): one column per {self._one_output}."
             )
         set_rng_state(noise, x.device)
-        outputs, ones = outputs.detach(), outputs.new_ones(len(x))
+        ones = outputs.new_ones(len(x))
         if self.criterion == "cross_entropy" and (outputs > 0).all() and torch.allclose(outputs.sum(dim=1), ones):
             warnings.warn(
                 f"The outputs of {self.module!r} are positive and sum to one. cross_entropy takes logits: leave out the softmax.",

@@ -39,7 +39,7 @@ _AWAY = 0.01  # of the initial weights
 
 
 def examine(stacked: StackedModule, x: Tensor, values: Mapping[str, float]) -> None:
-    """Find out ``first``, ``cost``, which buffers training writes into, and whether M models share one pass.
+    """Find out ``first``, ``cost``, which buffers and plain attributes training writes into, and whether M models share one pass, or had better go in turn.
 
     Where the module does not work under vmap, models run one after the other, with a warning; where that is only faster, without one.
 
@@ -59,11 +59,11 @@ def examine(stacked: StackedModule, x: Tensor, values: Mapping[str, float]) -> N
     stacked.cost = max(stacked.D, _multiplications(stacked, x, values))
     set_rng_state(noise, x.device)
     run = partial(_run, stacked, x, values, noise)
-    if _changes_attributes(run(1, True).stacked):
-        stacked.keep_memories()
-    if stacked.statistics:
+    if stacked.statistics or stacked.layers[True] is None:
         trained, before = run(1, True).stacked, stacked.with_statistics_of(1, 1).statistics
         stacked.keep_statistics_of_those([k for k, b in trained.statistics.items() if not _same(before[k], b)])
+        if _changes_attributes(trained):
+            stacked.keep_memories()
     if stacked.layers[True] is None and stacked.cost > _most_together(stacked, x.device):
         stacked.stacked = False
         return
@@ -242,7 +242,7 @@ def _replaced(stacked: StackedModule) -> str:
     for path, sub in stacked.fresh.named_modules():
         now = vars(stacked.modules[True].get_submodule(path))
         for name, before in vars(sub).items():
-            may_hold = before is None or isinstance(before, (Tensor, *_CONTAINERS))
+            may_hold = before is None or isinstance(before, (int, float, Tensor, *_CONTAINERS))
             if name in OF_EVERY_MODULE or not may_hold:
                 continue
             if any(is_batchedtensor(t) for t in _tensors(now.get(name))):
@@ -251,12 +251,15 @@ def _replaced(stacked: StackedModule) -> str:
 
 
 def _changes_attributes(stacked: StackedModule) -> bool:
-    """Whether a pass has changed plain attributes: a number, or a tensor."""
-    before = stacked.with_statistics_of(1, 1).remembers()
-    return any(
-        of not in before or (isinstance(now, Tensor) and not (now.shape == before[of].shape and _same(now, before[of])))
-        for of, now in stacked.remembers().items()
-    )
+    """Whether a pass has changed plain attributes: to another number, or to a tensor of other values."""
+    for (path, name), now in stacked.changes().items():
+        before = vars(stacked.fresh.get_submodule(path)).get(name)
+        if not (isinstance(now, Tensor) and isinstance(before, Tensor)):
+            return True
+        alike = now.shape == before.shape and now.dtype == before.dtype and now.device == before.device
+        if not alike or now.layout != torch.strided or not _same(now, before):
+            return True
+    return False
 
 
 def _tensors(value: Any, depth: int = 2) -> list[Tensor]:

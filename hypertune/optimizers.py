@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from numbers import Real
 from typing import Any
 
 import torch
@@ -25,7 +24,12 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": lambda params, lr: torch.optim.Adam(params, lr=lr, fused=True),
     "sgd": lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9, fused=True),
 }
-_OF_MATRICES = {"Muon", "Shampoo", "SOAP"}  # what they do to a matrix of weights they would do to all weights in a row
+_OF_MATRICES = {
+    "Adafactor",
+    "Muon",
+    "Shampoo",
+    "SOAP",
+}  # what they do to a matrix of weights they would do to all weights in a row
 LR_SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
     "constant": lambda progress: 1.0,
@@ -60,15 +64,19 @@ def make_optimizer(
     check_call(f"The step of optimizer {optimizer!r}", "no closure", type(made).step, made)
     schedule = LR_SCHEDULES[lr_schedule] if isinstance(lr_schedule, str) else lr_schedule
     check_call(f"lr_schedule {lr_schedule!r}", "(share)", schedule, 0.0)
-    factors = [schedule(i / 20) for i in range(21)]
-    if not all(isinstance(factor, (Real, torch.Tensor)) for factor in factors):
-        raise TypeError(f"lr_schedule {lr_schedule!r} returned {factors[0]!r}, and not a factor of lr.")
-    peak = max(map(float, factors))
+    peak = max(_as_factor(schedule(i / 20), lr_schedule) for i in range(21))
     if not 0.5 <= peak <= 2:
         raise ValueError(
             f"lr_schedule={lr_schedule!r} multiplies lr={lr:g} by at most {peak:g}. Let its largest factor be 1, and lr the largest rate."
         )
     return made, scheduled(made, schedule, steps)
+
+
+def _as_factor(factor: Any, lr_schedule: Any) -> float:
+    try:
+        return float(factor)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"lr_schedule {lr_schedule!r} returned {factor!r}, and not a factor of lr.") from error
 
 
 def refuse_optimizer(optimizer: torch.optim.Optimizer) -> None:

@@ -29,18 +29,20 @@ def picklable(module: nn.Module) -> nn.Module:
 
 
 def _reduce(layer: nn.Module, protocol: int) -> tuple[Any, ...]:
-    state = {**vars(layer), "_modules": {k: v for k, v in layer._modules.items() if k != "parametrizations"}}
-    state["_load_state_dict_pre_hooks"] = (
-        OrderedDict()
-    )  # weight_norm's is a local function, for checkpoints of older versions
+    kind = type(layer).__bases__[0]
+    state = dict(kind.__getstate__(layer))  # type: ignore[call-arg, call-overload]
+    state["_modules"] = {k: v for k, v in layer._modules.items() if k != "parametrizations"}
+    # weight_norm's is a local function, for checkpoints of older versions.
+    hooks = state["_load_state_dict_pre_hooks"].items()
+    own = OrderedDict((k, v) for k, v in hooks if "_weight_norm_compat_hook" not in repr(v.hook))
     lists = dict(layer.parametrizations.items())  # type: ignore[operator, union-attr]
-    return _restore, (type(layer).__bases__[0], state, lists)
+    return _restore, (kind, {**state, "_load_state_dict_pre_hooks": own}, lists)
 
 
 def _restore(kind: type[nn.Module], state: dict[str, Any], lists: dict[str, Any]) -> nn.Module:
     """A layer of a class that anyone has, put under its parametrizations again, which then get back what they had been."""
     layer = kind.__new__(kind)
-    vars(layer).update(state)
+    layer.__setstate__(state)
     for name, parametrizations in lists.items():
         training = parametrizations.training
         with torch.no_grad():

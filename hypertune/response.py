@@ -241,8 +241,9 @@ class BestResponse:
                 found.append(variance.new_tensor(torch.inf))
                 continue
             slopes = torch.zeros_like(self.hypernetwork.w0)
-            for k, (w, fold) in enumerate(zip(self._weights(one[None]), self.folds, strict=True)):
-                slopes[k] = self.objective.full_valid_gradient(w, fold.valid, k)[0]
+            with isolated(self.seed, self.folds[0].net.device):
+                for k, (w, fold) in enumerate(zip(self._weights(one[None]), self.folds, strict=True)):
+                    slopes[k] = self.objective.full_valid_gradient(w, fold.valid, k)[0]
             found.append((variance * slopes.square()).sum(dim=1).sqrt().mean())
         return torch.stack(found).cpu().double()
 

@@ -208,7 +208,9 @@ def _train(task: Task, lam: Tensor, epochs: int, seed: int) -> _Trained | None:
             curves[..., number // per_epoch] += loss.detach() / per_epoch
             batch = next(stream)
     kept = objective.statistics if objective.has_statistics else {}
-    return _Trained(w.detach(), curves, {k: b.unflatten(0, (K, C)) for k, b in kept.items()}, objective.memories)
+    return _Trained(
+        w.detach(), curves, {k: b.unflatten(0, (K, C)) for k, b in kept.items()}, objective.final_memories()
+    )
 
 
 def _moves_each_by_itself(optimizer: torch.optim.Optimizer) -> bool:

@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hypertune.dropout import Drops, Value
 from hypertune.layers import differentiable_in_eval_mode, plain_layers, run_layers, with_own_layers
+from hypertune.modules import OF_EVERY_MODULE
 from hypertune.randomness import ONE_AT_A_TIME, rng_state, set_rng_state
 from hypertune.reach import Reach
 
@@ -32,6 +33,7 @@ _DROPOUT = 3  # the first of its streams of random numbers; those before are for
 
 
 Memory = dict[tuple[str, str], Any]  # by submodule and name
+_NOTHING = object()
 
 
 class StackedModule:
@@ -85,8 +87,8 @@ class StackedModule:
         self.stacked, self.in_turn, self.first, self.first_sees_features = True, False, "", True
         self._written = [k for k, b in module.named_buffers() if b.layout == torch.strided]
         self.fresh = with_own_layers(module)
-        self._begin_anew()
         self.memories: list[Memory] = []
+        self._begin_anew()
         self._seed = 0
         parameters = {k: p for k, p in module.named_parameters() if p.requires_grad}
         self._shapes = {k: p.shape for k, p in parameters.items()}
@@ -103,10 +105,14 @@ class StackedModule:
         self.modules = {True: training.train(), False: differentiable_in_eval_mode(evaluation)}
         self.layers = {mode: plain_layers(own) for mode, own in self.modules.items()}
         self._dropouts = [sub for sub in training.modules() if isinstance(sub, Drops)]
+        self._built = {mode: (built := _plain(own), _versions(built)) for mode, own in self.modules.items()}
+        self._touched: set[tuple[str, str]] = {of for memory in self.memories for of in memory}
 
     def __getstate__(self) -> dict[str, Any]:
         # What a module remembers of a stacked pass cannot be pickled.
-        return {k: v for k, v in vars(self).items() if k not in ("modules", "layers", "_dropouts")}
+        return {
+            k: v for k, v in vars(self).items() if k not in ("modules", "layers", "_dropouts", "_built", "_touched")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -155,8 +161,7 @@ class StackedModule:
             for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
                 if name in state:
                     tensor.copy_(state[name])
-        for (path, name), value in self.remembers(model).items():
-            setattr(module.get_submodule(path), name, value.clone() if isinstance(value, Tensor) else value)
+        _put(module, self.remembers(model))
         for sub in module.modules():
             if isinstance(sub, nn.RNNBase):
                 sub.flatten_parameters()  # cuDNN wants them in one piece, and a deep copy has them apart
@@ -164,30 +169,45 @@ class StackedModule:
 
     # what the module remembers: plain attributes
 
-    def remembers(self, model: int = 0) -> Memory:
-        """Of a model, by submodule and name: tensors that are plain attributes, and numbers that training changed (a step, a temperature)."""
-        before = _memory_of(self.fresh)
-        now = self.memories[model] if self.memories else _memory_of(self.modules[True], before)
-        return {of: v for of, v in now.items() if isinstance(v, Tensor) or v != before[of]}
-
     def keep_memories(self) -> None:
         """From here on each model remembers for itself what training changes in plain attributes."""
-        self.memories = [_memory_of(self.fresh) for _ in range(self._models)]
+        self.memories = [{} for _ in range(self._models)]
+
+    def changes(self) -> Memory:
+        """What training passes have changed in plain attributes since the module was built, where models have no memories of their own."""
+        return _changes(self.modules[True], *self._built[True])
+
+    def final_memories(self) -> list[Memory]:
+        """Of each model; where the examination saw no change and there was one later, the same of all."""
+        return self.memories or ([changed] * self._models if (changed := self.changes()) else [])
+
+    def remembers(self, model: int = 0) -> Memory:
+        """Of a model: tensors that are plain attributes, which may have been drawn at random, and what training changed."""
+        built = _plain(self.fresh)
+        tensors = {of: v for of, v in built.items() if isinstance(v, Tensor)}
+        return tensors | (self.memories[model] if self.memories else self.changes())
 
     @contextmanager
     def _remembering(self, training: bool, models: list[int], keep: bool) -> Iterator[None]:
-        """A pass of some models, by number, in the state in which training has left the first of them; with ``keep`` it goes on from there."""
-        if not self.memories:
+        """A pass of some models, by number, in the state in which training has left the first of them; with ``keep`` it goes on from there.
+
+        More than one share a pass only where they remember the same: what is another thing for each is a batched tensor, and these are refused.
+        """
+        if not models:
             yield
             return
-        module = self.modules[training]
-        for (path, name), value in self.memories[models[0]].items():
-            setattr(module.get_submodule(path), name, value.clone() if isinstance(value, Tensor) else value)
-        yield
-        if keep and training:
-            now = _memory_of(module, self.memories[models[0]])
-            for model in models:
-                self.memories[model] = now
+        with ONE_AT_A_TIME:  # the module is there once
+            module, (built, versions), own = self.modules[training], self._built[training], self.memories[models[0]]
+            # What another model has changed is here as it was built: a tensor of this copy may have been written into.
+            state = {of: v for of, v in built.items() if of in self._touched and not isinstance(v, Tensor)}
+            state |= {of: v for of, v in _plain(self.fresh).items() if of in self._touched and isinstance(v, Tensor)}
+            _put(module, dict.fromkeys(self._touched, _NOTHING) | state | own)
+            yield
+            if training:
+                changed = _changes(module, built, versions)
+                self._touched |= changed.keys()
+                for model in models if keep else ():
+                    self.memories[model] = changed
 
     # buffers
 
@@ -209,6 +229,7 @@ class StackedModule:
         """Let go of the buffers and memories of all but the first so many models."""
         self.statistics = {k: b[:folds].clone() for k, b in self.statistics.items()}
         self.memories = self.memories[:folds]
+        self._models = folds
 
     def with_statistics_of(
         self,
@@ -291,8 +312,8 @@ class StackedModule:
             with self._set(training, rates):
                 constants = {k: c.expand(len(x), *c.shape) for k, c in self._constants.items()}
                 return run_layers(layers, {**named, **constants}, x)
-        kept = self._kept(len(x), fold)
-        keep = keep and len({*kept}) == len(kept)
+        kept = self._kept(len(x), fold) if self.memories else []
+        keep_memory = keep and len({*kept}) == len(kept)
         if len(x) > 1 and self.stacked and not self.in_turn:
             like = self._like
             tensors = {
@@ -301,7 +322,7 @@ class StackedModule:
             forward = partial(self._forward, training=training)
             x, buffers = x.clone(), self._statistics_of(len(x), fold, keep)  # the module may write into its rows
             # Of the kernels of attention the one that is batched over models. The choice is that of the process.
-            with ONE_AT_A_TIME, sdpa_kernel(SDPBackend.MATH), self._remembering(training, kept, keep):
+            with ONE_AT_A_TIME, sdpa_kernel(SDPBackend.MATH), self._remembering(training, kept, keep_memory):
                 return vmap(forward, randomness="same")(named, tensors, x, buffers)
         outputs, noise, buffers = [], rng_state(x.device), self._statistics_of(len(x), fold, keep)
         x = x.clone()
@@ -310,7 +331,7 @@ class StackedModule:
             own = {k: p[i] for k, p in named.items()}
             numbers = {k: float(v[i] if isinstance(v, Tensor) and v.dim() else v) for k, v in rates.items()}
             state = {k: b[i] for k, b in buffers.items()}
-            with self._remembering(training, kept[i : i + 1], keep):
+            with self._remembering(training, kept[i : i + 1], keep_memory):
                 outputs.append(self._forward(own, numbers, x[i], state, training=training))
         return torch.stack(outputs)
 
@@ -366,18 +387,57 @@ def _no_fast_path() -> Iterator[None]:
             mha.set_fastpath_enabled(enabled)
 
 
-def _memory_of(module: nn.Module, before: Memory | None = None) -> Memory:
-    """The numbers and tensors that a module and those inside it keep as plain attributes; of those that had some ``before``."""
-    found: Memory = {} if before is None else dict(before)
-    for path, sub in module.named_modules():
-        for name, value in vars(sub).items():
-            if name == "training" or (before is not None and (path, name) not in before):
-                continue
-            if isinstance(value, Tensor) and not is_batchedtensor(value):
-                found[path, name] = value.detach().clone()
-            elif isinstance(value, (int, float)):
-                found[path, name] = value
-    return found
+def _plain(module: nn.Module) -> Memory:
+    """Plain attributes by submodule and name, as they are."""
+    return {
+        (path, name): value
+        for path, sub in module.named_modules()
+        for name, value in vars(sub).items()
+        if name not in OF_EVERY_MODULE and not (name == "seed" and isinstance(sub, Drops))
+    }
+
+
+def _versions(memory: Memory) -> dict[tuple[str, str], int]:
+    """How often each tensor has been written into."""
+    return {
+        of: value._version for of, value in memory.items() if isinstance(value, Tensor) and not value.is_inference()
+    }
+
+
+def _changes(module: nn.Module, built: Memory, versions: Mapping[tuple[str, str], int]) -> Memory:
+    """Copies of the numbers and tensors that are others than when the module was built, or have come since (numbers alone: tensors are what it saw last).
+
+    A tensor is another one, too, if it has been written into.
+    """
+    changed: Memory = {}
+    for of, value in _plain(module).items():
+        before = built.get(of, _NOTHING)
+        if isinstance(value, Tensor):
+            known = before is _NOTHING or is_batchedtensor(value) or value.is_inference()
+            if not known and (value is not before or value._version != versions[of]):
+                changed[of] = value
+        elif isinstance(value, (int, float, type(None))) and (type(value) is not type(before) or value != before):
+            changed[of] = value
+    return _copied(changed)
+
+
+def _copied(memory: Memory) -> Memory:
+    """Copies of the tensors; one that stands in several places still does."""
+    copies: dict[int, Tensor] = {}
+    for value in memory.values():
+        if isinstance(value, Tensor) and id(value) not in copies:
+            copies[id(value)] = value.detach().clone()
+    return {of: copies[id(value)] if isinstance(value, Tensor) else value for of, value in memory.items()}
+
+
+def _put(module: nn.Module, memory: Memory) -> None:
+    """Set plain attributes, to copies of the tensors; what is _NOTHING is not to be there."""
+    for (path, name), value in _copied(memory).items():
+        sub = module.get_submodule(path)
+        if value is not _NOTHING:
+            vars(sub)[name] = value
+        else:
+            vars(sub).pop(name, None)
 
 
 def flat_weights(module: nn.Module) -> Tensor:

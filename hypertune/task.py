@@ -52,6 +52,11 @@ def stack(space: Space, folds: list[Fold], n_rows: int, seed: int) -> tuple[Spac
         objective = net._make_objective(module, reach=reaches, folds=len(folds))
         x = folds[0].train.x[:2]  # of the validation rows there may be one
         net._check_outputs(objective, x)
+        if not objective.predict(objective.initial_weights()[None].requires_grad_(), x[None]).requires_grad:
+            raise ValueError(
+                f"The outputs of {type(module).__name__} have no gradient in eval mode, in which the hyperparameters descend the validation loss: they were "
+                "detached, or made without one."
+            )
         settings = net.get_params()
         for h in space.hyperparameters:
             if h.own not in reaches:

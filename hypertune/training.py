@@ -193,6 +193,7 @@ def _response(task: Task, run: _Run, trace: Trace, sigma: Tensor | None) -> Best
     space, folds, _, _, seed = task
     phi, objective, K = run.phi, run.objective, len(folds)
     phi.keep(K)  # the other initial weights have done their part
+    objective.memories = objective.final_memories()
     objective.forget_statistics_but_of(K)
     phi.center = phi.center.detach().clone()
     phi.zero_grad()

@@ -106,7 +106,10 @@ def _check_factory(where: str, module: Any) -> None:
         )
     if inspect.isclass(module) and hasattr(module, "get_params"):
         raise ValueError(f"{where}: module is the class {module.__name__}; give it a factory, {module.__name__}().")
-    if callable(module) and any(p.kind is p.VAR_KEYWORD for p in _parameters(module)):
+    keyword = where.partition("module__")[2].rstrip("']")
+    parameters = _parameters(module) if callable(module) else []
+    misspelt = difflib.get_close_matches(keyword, [p.name for p in parameters], cutoff=0.5)
+    if any(p.kind is p.VAR_KEYWORD for p in parameters) and not misspelt:
         raise ValueError(
             f"{where}: the factory {module!r} takes any keyword (**), and names none: give it that keyword by name, with a default."
         )

@@ -168,6 +168,105 @@ class RemembersAMean(nn.Module):
         return self.out(x + 1 - self.mean)
 
 
+class BeginsWithNothing(nn.Module):
+    """A mean and a count that are None before the first minibatch, and another number that comes with it."""
+
+    def __init__(self, n: int, m: int):
+        super().__init__()
+        self.mean, self.t, self.out = None, None, nn.Linear(n, m)
+
+    def forward(self, x):
+        if self.training:
+            new = x.detach().mean(0)
+            self.mean = new if self.mean is None else 0.9 * self.mean + 0.1 * new
+            self.t = 1 if self.t is None else self.t + 1
+            self.late = getattr(self, "late", 0) + 1
+        return self.out(x if self.mean is None else x - self.mean) * (1 + 1 / (1 + getattr(self, "late", 0)))
+
+
+class BecomesATensor(nn.Module):
+    """A number that is one of every model's own after the first minibatch."""
+
+    def __init__(self, n: int, m: int):
+        super().__init__()
+        self.scale, self.out = 1.0, nn.Linear(n, m)
+
+    def forward(self, x):
+        if self.training:
+            self.scale = 0.9 * self.scale + 0.1 * x.detach().abs().mean()
+        return self.out(x / self.scale)
+
+
+class Modal(nn.Module):
+    """What its own train() sets is no state of the training."""
+
+    def __init__(self, n: int, m: int):
+        super().__init__()
+        self.t, self.noisy, self.out = 0, True, nn.Linear(n, m)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.noisy = mode
+        return self
+
+    def forward(self, x):
+        self.t += self.training
+        return self.out(0.5 * x if self.noisy else x) * (1 + 1 / (1 + 0.1 * self.t))
+
+
+class Ticks(nn.Module):
+    """A count that is written into, and that a layer has, too."""
+
+    def __init__(self, n: int, m: int):
+        super().__init__()
+        self.step, self.out, self.gate = torch.zeros(()), nn.Linear(n, m), Gate()
+        self.gate.step = self.step
+
+    def forward(self, x):
+        if self.training:
+            self.step += 1
+        return self.gate(self.out(x))
+
+
+class Gate(nn.Module):
+    def forward(self, x):
+        return x * (1 + 1 / (1 + self.step))
+
+
+class CountsEverything(Counts):
+    """In eval mode, too, which is no training."""
+
+    def forward(self, x):
+        self.t += not self.training
+        return super().forward(x)
+
+
+class Cold(nn.Module):
+    """Its temperature falls at the fifth minibatch for the first time."""
+
+    def __init__(self, n: int, m: int):
+        super().__init__()
+        self.own, self.temperature, self.out = {"t": 0}, 3.0, nn.Linear(n, m)
+
+    def forward(self, x):
+        if self.training:
+            self.own["t"] += 1
+            self.temperature *= 0.8 if self.own["t"] % 5 == 0 else 1.0
+        return self.out(x) / self.temperature
+
+
+class Constants(nn.Module):
+    """Plain tensors: a sparse one, and one whose dtype changes."""
+
+    def __init__(self, n: int, m: int):
+        super().__init__()
+        self.sparse, self.last, self.out = torch.eye(n).to_sparse(), torch.zeros(n), nn.Linear(n, m)
+
+    def forward(self, x):
+        self.last = torch.ones(x.shape[1], dtype=x.dtype)
+        return self.out(x * self.last)
+
+
 class CountsLate(Counts):
     """It changes its mind long after the first step, and long before all trainings of a search are done."""
 
@@ -426,6 +525,12 @@ ODD: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "counts alone": ({"module": CountsAlone}, DECAY),
     "counts with a norm": ({"module": CountsWithNorm}, DECAY),
     "remembers a mean": ({"module": RemembersAMean}, DECAY),
+    "begins with nothing": ({"module": BeginsWithNothing}, DECAY),
+    "becomes a tensor": ({"module": BecomesATensor}, DECAY),
+    "modal": ({"module": Modal}, DECAY),
+    "ticks": ({"module": Ticks}, DECAY),
+    "counts everything": ({"module": CountsEverything}, DECAY),
+    "constants": ({"module": Constants}, DECAY),
     "remembers": ({"module": Remembers}, DECAY),
     "shared": ({"module": Shared}, DECAY),
     "counts in a dict": ({"module": CountsInADict}, DECAY),

@@ -26,7 +26,7 @@ ROOMS = {  # room -> the rooms that it imports from
     "hypernetworks": set(),
     "losses": {"dropout", "functions"},
     "descent": {"space"},
-    "stacked": {"dropout", "layers", "randomness", "reach"},
+    "stacked": {"dropout", "layers", "modules", "randomness", "reach"},
     "examination": {"modules", "randomness", "recurrent", "stacked"},
     "objective": {"batches", "dropout", "functions", "losses", "penalties", "reach", "stacked"},
     "algorithms": {"hypernetworks", "randomness"},

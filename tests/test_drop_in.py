@@ -536,7 +536,7 @@ def test_inputs_of_earlier_steps_are_transformed_in_every_fold(iris):
         ]
         pipeline = Pipeline(steps, transform_input=["X_val"])
         space = {f"net__{name}": distribution for name, distribution in SPACE.items()}
-        found = search(estimator=pipeline, param_distributions=space).fit(*iris, X_val=iris[0])
+        found = search(estimator=pipeline, param_distributions=space).fit(iris[0] + 5, iris[1], X_val=iris[0] + 5)
     assert abs(found.best_response_.estimator_at()[1].mean_) < 0.5
     assert found.best_estimator_[1].mean_ == pytest.approx(0.0, abs=1e-6)
 

@@ -90,6 +90,19 @@ def test_with_weight_decay_alone_it_is_a_generalised_linear_model():
         assert np.isfinite(far).all() and far.min() > 0  # noqa: PT018
 
 
+def test_a_schedule_may_return_any_number(iris):
+    curves = [
+        TorchClassifier(lr_schedule=schedule, max_epochs=2, random_state=0).fit(*iris).loss_curve_
+        for schedule in (
+            lambda share: 1 - share,
+            lambda share: np.asarray(1 - share),
+            lambda share: torch.tensor(1 - share),
+        )
+    ]
+    assert curves[0] == curves[1]
+    assert curves[0] == pytest.approx(curves[2], rel=1e-6)
+
+
 def test_a_schedule_of_ones_own_gets_the_share_that_is_done():
     X, y = make_regression(60, 3, random_state=0)
     shares = []

@@ -6,6 +6,7 @@ import functools
 import math
 import pickle
 import types
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -25,11 +26,16 @@ from tests.odd_modules import (
     NET,
     ODD,
     ONE_SPLIT,
+    BecomesATensor,
+    BeginsWithNothing,
+    Cold,
     Cools,
     Counts,
     CountsAlone,
+    CountsEverything,
     CountsWithNorm,
     DrawnByNumpy,
+    Modal,
     MovingMean,
     Padded,
     Ramp,
@@ -38,6 +44,7 @@ from tests.odd_modules import (
     RemembersAMean,
     Shared,
     Shuffled,
+    Ticks,
     WritesIntoItsRows,
     X,
     search,
@@ -130,7 +137,22 @@ def test_a_counter_counts_training_steps_whatever_else_is_run(module, algorithm)
 @pytest.mark.filterwarnings("ignore:The folds are trained one after the other")
 @pytest.mark.parametrize(
     "module",
-    [RandomFeatures, Shuffled, DrawnByNumpy, Counts, CountsAlone, CountsWithNorm, Cools, RemembersAMean],
+    [
+        RandomFeatures,
+        Shuffled,
+        DrawnByNumpy,
+        Counts,
+        CountsAlone,
+        CountsWithNorm,
+        CountsEverything,
+        Cools,
+        RemembersAMean,
+        BeginsWithNothing,
+        BecomesATensor,
+        Modal,
+        Ticks,
+        Cold,
+    ],
 )
 def test_an_estimator_of_the_response_has_what_the_module_was_drawn_with(module):
     found = search(module=module).set_params(random_state=5).fit(X, y).best_response_
@@ -244,7 +266,9 @@ def test_what_training_made_of_the_modules_own_numbers_is_part_of_the_prediction
 
 
 @pytest.mark.filterwarnings("ignore:The folds are trained one after the other")
-@pytest.mark.parametrize("module", [Remembers, RemembersAMean, Cools, Shared, MLP((8,))])
+@pytest.mark.parametrize(
+    "module", [Remembers, RemembersAMean, BeginsWithNothing, Cools, Cold, Ticks, Shared, MLP((8,))]
+)
 def test_a_search_can_be_pickled_and_its_response_predicts_as_before(module):
     found = search(module=module, max_epochs=2).fit(X, y)
     again = pickle.loads(pickle.dumps(found))
@@ -253,6 +277,54 @@ def test_a_search_can_be_pickled_and_its_response_predicts_as_before(module):
         (found.best_response_.estimator_at(fold=1), again.best_response_.estimator_at(fold=1)),
     ):
         assert_array_equal(one.predict_proba(X), other.predict_proba(X))
+
+
+@pytest.mark.filterwarnings("ignore:The folds are trained one after the other")
+@pytest.mark.parametrize("module", [Counts, RemembersAMean])
+def test_in_folds_of_other_sizes_each_candidate_has_the_memory_of_its_fold(module):
+    """They are retrained in groups, and in another order."""
+    order = np.random.default_rng(0).permutation(90)
+    cv = [(order[:train], order[70:]) for train in (70, 30, 60, 40)]
+    found = search(module=module).set_params(cv=cv).fit(X, y)
+    for setting, score in zip(found.cv_results_["params"], found.cv_results_["mean_test_score"], strict=True):
+        alone = clone(NET).set_params(module=module, **setting)
+        assert_allclose(score, cross_val_score(alone, X, y, cv=cv, scoring="neg_log_loss").mean(), rtol=1e-7)
+
+
+def test_what_is_written_into_is_counted_once():
+    """And is what the layer sees that has it, too."""
+    module = search(module=Ticks).fit(X, y).best_response_.estimator_at(fold=1).module_
+    assert module.step == module.gate.step == NET.max_epochs * math.ceil(60 / NET.batch_size)
+
+
+def test_threads_do_not_get_the_memory_of_another_fold():
+    stacked = StackedModule(RemembersAMean(5, 2), folds=3)
+    stacked.stacked = False
+    stacked.keep_memories()
+    named = stacked.named(stacked.initial_weights()[None].double().repeat(3, 1))
+    rows = torch.randn(3, 8, 5, dtype=torch.float64) + torch.arange(3.0, dtype=torch.float64)[:, None, None]
+    stacked.outputs(named, rows, {}, training=True)
+    one = {k: w[:1] for k, w in named.items()}
+
+    def of(fold: int) -> torch.Tensor:
+        return stacked.outputs(one, rows[:1], {}, training=False, fold=fold)
+
+    expected = [of(fold) for fold in range(3)]
+    assert not torch.equal(expected[0], expected[2])
+    with ThreadPoolExecutor(3) as threads:
+        for fold, found in enumerate(threads.map(lambda i: [of(i) for _ in range(100)], range(3))):
+            assert all(torch.equal(one, expected[fold]) for one in found)
+
+
+def test_a_module_that_predicts_without_a_gradient_is_fitted_and_not_searched():
+    class Careful(nn.Linear):
+        def forward(self, x):
+            with torch.set_grad_enabled(self.training):
+                return super().forward(x)
+
+    assert clone(NET).set_params(module=Careful).fit(X, y).loss_curve_
+    with pytest.raises(ValueError, match="no gradient in eval mode"):
+        search(module=Careful).fit(X, y)
 
 
 def test_a_pass_leaves_the_weights_of_a_layer_under_two_names_where_they_are():

@@ -47,6 +47,7 @@ def test_a_layer_is_what_it_was(name: str):
     for one, other in zip(layer.state_dict().values(), again.state_dict().values(), strict=True):
         assert torch.equal(one, other)
     assert [k for k, _ in layer.named_parameters()] == [k for k, _ in again.named_parameters()]
+    assert [sub.training for sub in layer.modules()] == [sub.training for sub in again.modules()]
     assert torch.equal(layer.eval()(x), again.eval()(x))
 
 
@@ -66,3 +67,10 @@ def test_a_search_is_what_it_was_and_runs_in_worker_processes(iris):
     assert_array_equal(one, other)
     parallel = search.__sklearn_clone__().set_params(n_jobs=2).fit(*iris)
     assert parallel.best_score_ == found.best_score_
+
+
+def test_a_parametrized_recurrent_layer_can_be_pickled():
+    layer = picklable(parametrizations.weight_norm(nn.GRU(3, 4, batch_first=True), "weight_hh_l0"))
+    x = torch.randn(2, 5, 3)
+    again = pickle.loads(pickle.dumps(layer))
+    assert torch.equal(again(x)[0], layer(x)[0])

@@ -6,8 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import nn
+from torch.func import vmap
 from torch.testing import assert_close
 
+from hypertune import MLP
 from hypertune.batches import Batch
 from hypertune.examination import examine
 from hypertune.layers import differentiable_in_eval_mode
@@ -302,7 +304,7 @@ def test_images_with_blank_places_are_stacked():
     assert objective.stacked
 
 
-def test_convolutions_of_a_size_are_computed_in_turn_and_are_the_same():
+def test_convolutions_of_a_size_are_computed_in_turn_and_are_the_same(monkeypatch):
     """Faster on a CPU; and they stay stacked, with all that comes with it."""
 
     def net(channels: int) -> nn.Module:
@@ -318,12 +320,19 @@ def test_convolutions_of_a_size_are_computed_in_turn_and_are_the_same():
         examine(objective, x[0, :2], {})
         assert objective.stacked
         assert objective.in_turn == in_turn
+    wide = Objective(MLP((300, 300))(4, 2), cross_entropy)
+    examine(wide, torch.randn(2, 4), {})
+    assert not wide.in_turn
+    together = []
+    monkeypatch.setattr("hypertune.stacked.vmap", lambda *args, **kwargs: together.append(1) or vmap(*args, **kwargs))
     w = objective.initial_weights().repeat(3, 1)
     for in_turn in (True, False):
         objective = objective.with_statistics_of(3, 1)
         objective.in_turn = in_turn
         torch.manual_seed(0)
         loss = objective.train_loss(w, {}, Batch(x, y))
+        assert bool(together) is not in_turn
+        together.clear()
         found.append([loss, objective.valid_loss(w, Batch(x, y)), *objective.statistics.values()])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
