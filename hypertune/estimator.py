@@ -71,7 +71,7 @@ class TorchClassifier(ClassifierMixin, TorchEstimator):
         Weight of each row that ``fit`` is given, times the weights passed to ``fit``. This one can be tuned.
     optimizer : {"adam", "sgd"} or callable, default="adam"
         "sgd" has momentum 0.9. A callable gets (params, lr=...) and returns a torch optimizer. It receives all weights as one
-        tensor (1, D), and so cannot treat some of them differently (groups of parameters); those of matrices (Muon) are refused.
+        tensor (1, D), and so cannot treat some of them differently (groups of parameters); those of matrices (Muon, Adafactor) are refused.
     lr : float, default=3e-3
         Learning rate at the start.
     lr_schedule : {"cosine", "constant"} or callable ``share -> factor``, default="cosine"
@@ -256,7 +256,7 @@ class TorchRegressor(RegressorMixin, TorchEstimator):
         As in :class:`TorchClassifier`.
     optimizer : {"adam", "sgd"} or callable, default="adam"
         "sgd" has momentum 0.9. A callable gets (params, lr=...) and returns a torch optimizer. It receives all weights as one
-        tensor (1, D), and so cannot treat some of them differently (groups of parameters); those of matrices (Muon) are refused.
+        tensor (1, D), and so cannot treat some of them differently (groups of parameters); those of matrices (Muon, Adafactor) are refused.
     lr : float, default=3e-3
         Learning rate at the start.
     lr_schedule : {"cosine", "constant"} or callable ``share -> factor``, default="cosine"
