@@ -37,9 +37,10 @@ from hypertune.batches import Batch, Rows
 from hypertune.dropout import Value, is_zero
 from hypertune.functions import own_copy
 from hypertune.losses import CustomLoss, Loss
+from hypertune.memory import Memory
 from hypertune.penalties import half_squares, half_squares_of, of_models
 from hypertune.reach import Reach
-from hypertune.stacked import Memory, StackedModule
+from hypertune.stacked import StackedModule
 
 # Hyperparameters of the loss itself, with the interval in which each has a meaning.
 LOSS_HYPERPARAMETERS: dict[str, tuple[float, float]] = {

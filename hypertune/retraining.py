@@ -22,12 +22,12 @@ from hypertune.base import TorchEstimator
 from hypertune.batches import Batch, Minibatches, Rows
 from hypertune.folds import Fold
 from hypertune.functions import state_of
+from hypertune.memory import Memory
 from hypertune.net import plain_settings
 from hypertune.objective import Objective
 from hypertune.problem import make_values
 from hypertune.randomness import draw_seed, isolated, rng_state, seed_torch, set_rng_state
 from hypertune.space import Space
-from hypertune.stacked import Memory
 from hypertune.task import Task
 
 _MOST_WEIGHTS = 2**27  # of all models together

@@ -19,21 +19,16 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import is_batchedtensor
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hypertune.dropout import Drops, Value
 from hypertune.layers import differentiable_in_eval_mode, plain_layers, run_layers, with_own_layers
-from hypertune.modules import OF_EVERY_MODULE
+from hypertune.memory import NOTHING, Attributes, Memory, plain_attributes, put
 from hypertune.randomness import ONE_AT_A_TIME, rng_state, set_rng_state
 from hypertune.reach import Reach
 
 _DROPOUT = 3  # the first of its streams of random numbers; those before are for whoever uses the module
-
-
-Memory = dict[tuple[str, str], Any]  # by submodule and name
-_NOTHING = object()
 
 
 class StackedModule:
@@ -105,7 +100,7 @@ class StackedModule:
         self.modules = {True: training.train(), False: differentiable_in_eval_mode(evaluation)}
         self.layers = {mode: plain_layers(own) for mode, own in self.modules.items()}
         self._dropouts = [sub for sub in training.modules() if isinstance(sub, Drops)]
-        self._built = {mode: (built := _plain(own), _versions(built)) for mode, own in self.modules.items()}
+        self._built = {mode: Attributes(own) for mode, own in self.modules.items()}
         self._touched: set[tuple[str, str]] = {of for memory in self.memories for of in memory}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -161,7 +156,7 @@ class StackedModule:
             for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
                 if name in state:
                     tensor.copy_(state[name])
-        _put(module, self.remembers(model))
+        put(module, self.remembers(model))
         for sub in module.modules():
             if isinstance(sub, nn.RNNBase):
                 sub.flatten_parameters()  # cuDNN wants them in one piece, and a deep copy has them apart
@@ -175,7 +170,7 @@ class StackedModule:
 
     def changes(self) -> Memory:
         """What training passes have changed in plain attributes since the module was built, where models have no memories of their own."""
-        return _changes(self.modules[True], *self._built[True])
+        return self._built[True].changes()
 
     def final_memories(self) -> list[Memory]:
         """Of each model; where the examination saw no change and there was one later, the same of all."""
@@ -183,8 +178,7 @@ class StackedModule:
 
     def remembers(self, model: int = 0) -> Memory:
         """Of a model: tensors that are plain attributes, which may have been drawn at random, and what training changed."""
-        built = _plain(self.fresh)
-        tensors = {of: v for of, v in built.items() if isinstance(v, Tensor)}
+        tensors = {of: v for of, v in plain_attributes(self.fresh).items() if isinstance(v, Tensor)}
         return tensors | (self.memories[model] if self.memories else self.changes())
 
     @contextmanager
@@ -197,14 +191,14 @@ class StackedModule:
             yield
             return
         with ONE_AT_A_TIME:  # the module is there once
-            module, (built, versions), own = self.modules[training], self._built[training], self.memories[models[0]]
-            # What another model has changed is here as it was built: a tensor of this copy may have been written into.
-            state = {of: v for of, v in built.items() if of in self._touched and not isinstance(v, Tensor)}
-            state |= {of: v for of, v in _plain(self.fresh).items() if of in self._touched and isinstance(v, Tensor)}
-            _put(module, dict.fromkeys(self._touched, _NOTHING) | state | own)
+            built, own = self._built[training], self.memories[models[0]]
+            # What only another model has changed is as it was built: tensors as in the copy that is never run, which nobody has written into.
+            state = {of: v for of, v in built.values.items() if not isinstance(v, Tensor)}
+            state |= {of: v for of, v in plain_attributes(self.fresh).items() if isinstance(v, Tensor)}
+            put(built.module, {of: own.get(of, state.get(of, NOTHING)) for of in self._touched | own.keys()})
             yield
             if training:
-                changed = _changes(module, built, versions)
+                changed = built.changes()
                 self._touched |= changed.keys()
                 for model in models if keep else ():
                     self.memories[model] = changed
@@ -385,59 +379,6 @@ def _no_fast_path() -> Iterator[None]:
             yield
         finally:
             mha.set_fastpath_enabled(enabled)
-
-
-def _plain(module: nn.Module) -> Memory:
-    """Plain attributes by submodule and name, as they are."""
-    return {
-        (path, name): value
-        for path, sub in module.named_modules()
-        for name, value in vars(sub).items()
-        if name not in OF_EVERY_MODULE and not (name == "seed" and isinstance(sub, Drops))
-    }
-
-
-def _versions(memory: Memory) -> dict[tuple[str, str], int]:
-    """How often each tensor has been written into."""
-    return {
-        of: value._version for of, value in memory.items() if isinstance(value, Tensor) and not value.is_inference()
-    }
-
-
-def _changes(module: nn.Module, built: Memory, versions: Mapping[tuple[str, str], int]) -> Memory:
-    """Copies of the numbers and tensors that are others than when the module was built, or have come since (numbers alone: tensors are what it saw last).
-
-    A tensor is another one, too, if it has been written into.
-    """
-    changed: Memory = {}
-    for of, value in _plain(module).items():
-        before = built.get(of, _NOTHING)
-        if isinstance(value, Tensor):
-            known = before is _NOTHING or is_batchedtensor(value) or value.is_inference()
-            if not known and (value is not before or value._version != versions[of]):
-                changed[of] = value
-        elif isinstance(value, (int, float, type(None))) and (type(value) is not type(before) or value != before):
-            changed[of] = value
-    return _copied(changed)
-
-
-def _copied(memory: Memory) -> Memory:
-    """Copies of the tensors; one that stands in several places still does."""
-    copies: dict[int, Tensor] = {}
-    for value in memory.values():
-        if isinstance(value, Tensor) and id(value) not in copies:
-            copies[id(value)] = value.detach().clone()
-    return {of: copies[id(value)] if isinstance(value, Tensor) else value for of, value in memory.items()}
-
-
-def _put(module: nn.Module, memory: Memory) -> None:
-    """Set plain attributes, to copies of the tensors; what is _NOTHING is not to be there."""
-    for (path, name), value in _copied(memory).items():
-        sub = module.get_submodule(path)
-        if value is not _NOTHING:
-            vars(sub)[name] = value
-        else:
-            vars(sub).pop(name, None)
 
 
 def flat_weights(module: nn.Module) -> Tensor:
