@@ -51,7 +51,7 @@ class Retrained:
     curves : Tensor of shape (K, C, epochs)
         Mean training loss of each epoch.
     objective : Objective
-        With running statistics of all of them, if there are any.
+        With running statistics and memories of all of them, if there are any.
     keys : list of K str
         Fingerprints of the folds' training rows; empty for padded folds, whose separate fits see other columns.
     settings : dict from str to value

@@ -251,7 +251,7 @@ class StackedModule:
 
     def _kept(self, models: int, fold: int | None) -> list[int]:
         """Of M models in a pass the numbers of those that keep something."""
-        own = list(range(self._models))[self._own(fold)]
+        own = range(self._models)[self._own(fold)]
         return [own[i // max(models // len(own), 1)] for i in range(models)]
 
     def _statistics_of(self, models: int, fold: int | None, keep: bool) -> dict[str, Tensor]:
@@ -297,7 +297,7 @@ class StackedModule:
         training : bool
             The module's mode.
         keep : bool, default=True
-            Whether running statistics that are kept for as many models as M are written.
+            Whether running statistics and memories that are kept for as many models as M are written.
         fold : int, optional
             Whose buffers, if all M models belong to one fold: one set for all of them, or one for each.
         """
