@@ -31,7 +31,9 @@ from hypertune.stacked import StackedModule
 
 _CONTAINERS = (list, tuple, dict, deque)
 _CONVOLVED = 1_000_000  # multiplications for a row: beyond it each fold had better be trained by itself, on a CPU
-_IN_TURN = 50_000  # the same of a pass with convolutions of images, which is up to 1.5 times as long under vmap
+_IN_TURN = (
+    50_000  # the same of a pass with convolutions of images: beyond it vmap is slower than one model after the other
+)
 # What is better one after the other sooner: steps through a sequence (torch's own LSTM is the fastest of them), and attention.
 _RECURRENT, _LSTM, _ATTENTION = 400_000, 40_000, 250_000
 _LOOKED_AT = 8  # columns

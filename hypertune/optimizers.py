@@ -24,12 +24,8 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": lambda params, lr: torch.optim.Adam(params, lr=lr, fused=True),
     "sgd": lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9, fused=True),
 }
-_OF_MATRICES = {
-    "Adafactor",
-    "Muon",
-    "Shampoo",
-    "SOAP",
-}  # what they do to a matrix of weights they would do to all weights in a row
+# What they do to a matrix of weights they would do to all weights in a row.
+_OF_MATRICES = {"Adafactor", "Muon", "Shampoo", "SOAP"}
 LR_SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
     "constant": lambda progress: 1.0,

@@ -65,7 +65,7 @@ def check_settings(owner: str, settings: Mapping[str, Any], space: Space, prefix
         name, where = h.name, f"param_distributions[{h.name!r}]"
         if name not in settings:
             if name.startswith(f"{prefix}module__"):
-                _check_factory(where, module)
+                _check_factory(name, module)
             near = difflib.get_close_matches(name, settings, n=3, cutoff=0.5)
             part, _, keyword = name.removeprefix(prefix).partition("__")
             function = settings.get(f"{prefix}{part}") if part in ("penalty", "augment") and keyword else None
@@ -97,8 +97,9 @@ def check_settings(owner: str, settings: Mapping[str, Any], space: Space, prefix
             )
 
 
-def _check_factory(where: str, module: Any) -> None:
-    """Refuse a keyword of what is no factory with keywords."""
+def _check_factory(name: str, module: Any) -> None:
+    """Refuse a keyword ``…module__…`` of what is no factory with keywords."""
+    where = f"param_distributions[{name!r}]"
     if isinstance(module, nn.Module):
         raise ValueError(
             f"{where}: module is a {type(module).__name__} that is built already, so no keyword of it can be set. Give its class "
@@ -106,7 +107,7 @@ def _check_factory(where: str, module: Any) -> None:
         )
     if inspect.isclass(module) and hasattr(module, "get_params"):
         raise ValueError(f"{where}: module is the class {module.__name__}; give it a factory, {module.__name__}().")
-    keyword = where.partition("module__")[2].rstrip("']")
+    keyword = name.rpartition("module__")[2]
     parameters = _parameters(module) if callable(module) else []
     misspelt = difflib.get_close_matches(keyword, [p.name for p in parameters], cutoff=0.5)
     if any(p.kind is p.VAR_KEYWORD for p in parameters) and not misspelt:

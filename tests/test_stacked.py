@@ -14,6 +14,7 @@ from hypertune.batches import Batch
 from hypertune.examination import examine
 from hypertune.layers import differentiable_in_eval_mode
 from hypertune.losses import cross_entropy, squared_error
+from hypertune.memory import Attributes
 from hypertune.objective import Objective
 from hypertune.reach import find_reach
 from hypertune.stacked import StackedModule
@@ -436,3 +437,12 @@ def test_containers_that_hold_themselves_are_looked_into_no_further():
     stacked = StackedModule(Cyclic())
     examine(stacked, torch.zeros(2, 3), {})
     assert stacked.stacked
+
+
+def test_a_tensor_that_becomes_a_number_has_changed():
+    module = nn.Linear(2, 2)
+    module.seen = torch.zeros(3)
+    built = Attributes(module)
+    assert built.changes() == {}
+    module.seen = 0
+    assert built.changes() == {("", "seen"): 0}

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import loguniform
 from sklearn.model_selection import ShuffleSplit
 
 from hypertune import MLP, HyperTrainingSearchCV, TorchClassifier, problem, trace, training
+from hypertune.recipes import choose
+from hypertune.space import Space
 
 
 @pytest.mark.parametrize(
@@ -34,3 +37,11 @@ def test_where_each_row_costs_fewer_validate_a_step(monkeypatch, costly, batch_s
     ).fit(X, X[:, 0] > 0)
     assert sizes == [batch_size, seen]
     assert set(rows) == {recorded}
+
+
+def test_lam_rests_for_a_share_of_the_run_and_in_global_until_the_response_is_fitted():
+    space = Space.from_distributions({"weight_decay": loguniform(1e-6, 1e1)})
+    settings = {"scale": None, "n_samples": None, "response_optimizer": "tangent"}
+    joint, fitted_first = (choose(name, space, torch.tensor([True]), **settings) for name in ("joint", "global"))
+    assert [recipe.first_move(100, 1 / 3) for recipe in (joint, fitted_first)] == [33, 75]
+    assert fitted_first.first_move(1, 1 / 3) == 0  # a run so short moves nothing otherwise
