@@ -175,5 +175,14 @@ def test_both_passes_begin_with_the_same_weights_and_minibatches(iris, monkeypat
     assert not np.array_equal(one.weights, other.weights)
     assert np.array_equal(one.weights, retrain(task, OWN[None], seed=one.seed).weights)
     monkeypatch.setattr(Retrained, "validation_losses", lambda self, folds: away(-5.0)(self.lam))
-    first, second = retrain_candidates(task, distinct(TUNED, START, OWN))[1]
+    candidates, (first, second), _ = retrain_candidates(task, distinct(TUNED, START, OWN))
     assert first.seed == second.seed
+    line = [f"tuned x {times}" for times in ("0.5", "1.5", "2", "3")]
+    assert list(candidates) == ["tuned", "middle", "start", "own", "stronger", *line]
+
+
+def test_the_stronger_candidate_of_a_large_model_is_called_so(iris, monkeypatch):
+    net = clone(NET).set_params(max_epochs=1, module=Normed)
+    task = Keeping(net, {"weight_decay": loguniform(1e-6, 1e1)}, cv=3, random_state=0).fit(*iris).task
+    monkeypatch.setattr(Retrained, "validation_losses", lambda self, folds: away(-5.0)(self.lam))
+    assert list(retrain_candidates(task, distinct(TUNED, None, OWN))[0]) == ["tuned", "own", "stronger"]
