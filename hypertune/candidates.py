@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hypertune.retraining import Retrained, retrain
+from hypertune.space import Space
 from hypertune.task import Task
 
 _NOTICEABLE = 0.01  # units of λ
@@ -20,6 +21,7 @@ _SMALL = 60_000  # multiplications for a row by a setting's models on all folds:
 _STRONGER = 1.5  # units of λ: 4.5 times each weight decay
 _WORTHWHILE = 0.02  # of the tuned setting's loss: so much better must another be to be followed
 _ON_THE_LINE = (0.5, 1.5, 2.0, 3.0)  # times as far from the tuned setting as the best one
+_OTHER_RATES = {"lr / 2": 0.5, "lr x 2": 2.0}
 
 
 Candidates = dict[str, Tensor]  # by name, λ of each, (n,)
@@ -45,9 +47,10 @@ def retrain_candidates(
     1. of small models, "stronger": the tuned setting with all logarithmic hyperparameters e^1.5 times as large, which for penalties is so;
     2. of these, if one of all is better than the tuned setting by 2%: four settings on the line from that through the best, "tuned x 1.5" being
        half as far again;
-    3. of others with BatchNorm: "stronger", from the best setting.
+    3. of these, if the learning rate is searched for: the best of all with half and with twice of it, "lr / 2" and "lr x 2";
+    4. of others with BatchNorm: "stronger", from the best setting.
 
-    The last two take a second stacked pass.
+    The last three take a second stacked pass.
 
     Returns
     -------
@@ -63,7 +66,7 @@ def retrain_candidates(
     more = more and (small or objective.has_statistics)
     if watched and not more:
         return candidates, [], None
-    stronger, tuned, tried = _STRONGER * space.log, candidates["tuned"], dict(candidates)
+    stronger, tuned, tried = _STRONGER * (space.log & ~space.tried), candidates["tuned"], dict(candidates)
     if more and small:
         tried |= _new({"stronger": space.clip(tuned + stronger)}, tried.values())
     first = retrain(task, torch.stack([*tried.values()]))
@@ -74,8 +77,11 @@ def retrain_candidates(
     if more and not small and losses.isfinite().any():
         further = {"stronger": best + stronger}
     elif more and losses[0] - losses.min() > _WORTHWHILE * losses[0].abs():
-        away = torch.where(best == tuned, 0.0, best - tuned)
-        further = {f"tuned x {times:g}": tuned + times * away for times in _ON_THE_LINE}
+        begin = torch.where(space.tried, best, tuned)  # with the learning rate of the best
+        away = torch.where(best == begin, 0.0, best - begin)
+        further = {f"tuned x {times:g}": begin + times * away for times in _ON_THE_LINE}
+    if more and small:
+        further |= _with_other_rates(space, best)
     if further := _new({name: space.clip(lam) for name, lam in further.items()}, tried.values()):
         second = retrain(task, torch.stack([*further.values()]), seed=first.seed)
         if second is not None:
@@ -88,6 +94,17 @@ def retrain_candidates(
     # Added ones are not among them: they were chosen by their losses and lie on one line, which would bias how far the response is off.
     verified = torch.stack([*candidates.values()]), losses[:given]
     return candidates | added, [] if watched else retrained, verified
+
+
+def _with_other_rates(space: Space, lam: Tensor) -> Candidates:
+    """The same setting with half of its learning rate and with twice of it, if that is searched for."""
+    params = space.decode(lam)
+    return {
+        name: space.encode(params | {h.name: factor * params[h.name]})
+        for h in space.hyperparameters
+        if h.tried
+        for name, factor in _OTHER_RATES.items()
+    }
 
 
 def _new(settings: Candidates, known: Iterable[Tensor]) -> Candidates:

@@ -21,11 +21,14 @@ class Net(Protocol):
     ----------
     loss_names : mapping from str to str
         Its parameters that are hyperparameters of the loss, and which (:data:`hypertune.objective.LOSS_HYPERPARAMETERS`).
+    tried_names : collection of str
+        Those that are no hyperparameters of the loss, and that a search tries at some values.
     batch_size, max_epochs : int
     device : str
     """
 
     loss_names: ClassVar[Mapping[str, str]]
+    tried_names: ClassVar[Collection[str]]
 
     @property
     def batch_size(self) -> int: ...

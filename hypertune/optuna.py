@@ -59,6 +59,10 @@ def to_study(search: HyperTrainingSearchCV, study: optuna.Study | None = None) -
     """
     check_is_fitted(search, "cv_results_")
     space, results = search.best_response_.space, search.cv_results_
+    declared = Space.from_distributions(search.param_distributions)
+    space = Space(
+        space.hyperparameters + tuple(h for h in declared.hyperparameters if h.name not in space.names)
+    )  # what was tried
     metric = "score" if not search.multimetric_ else search.refit
     if f"mean_test_{metric}" not in results:
         raise ValueError(

@@ -178,7 +178,7 @@ def _train(task: Task, lam: Tensor, epochs: int, seed: int) -> _Trained | None:
     objective = objective.with_statistics_of(K, C)
     stream = Minibatches([fold.train for fold in folds], net.batch_size, seed=seed)
     per_epoch, batch = stream.steps_per_epoch, next(stream)
-    settings = [space.to_net(space.decode(one)) for one in lam]
+    settings, descended = [space.to_net(space.decode(one)) for one in lam], lam[:, ~space.tried]
     with isolated(seed, net.device):
         # Every setting on the first fold, and the first setting on every other.
         some = [(0, c) for c in range(C)] + [(k, 0) for k in range(1, K)]
@@ -190,11 +190,18 @@ def _train(task: Task, lam: Tensor, epochs: int, seed: int) -> _Trained | None:
             return None
         set_rng_state(own[0].noise, w.device)
         del own  # as many models
-        values = make_values(space, objective, net)(lam.to(w), K)
-        optimizer, schedule = net._make_optimizer([w], epochs * per_epoch)
-        one, _ = net._make_optimizer([nn.Parameter(w.data[0, :1])], epochs * per_epoch)
-        if not _moves_each_by_itself(optimizer) or w._backward_hooks or _settings_of(optimizer) != _settings_of(one):
-            return None
+        values = make_values(space.descended, objective, net)(descended.to(w), K)
+        assert isinstance(net, TorchEstimator)
+        parts = _by_rate(w, [setting.get("lr", net.lr) for setting in settings])
+        optimizers = []
+        for rate, part, _ in parts:
+            at = copy.copy(net).set_params(lr=rate)
+            optimizer, schedule = at._make_optimizer([part], epochs * per_epoch)
+            one, _ = at._make_optimizer([nn.Parameter(part.data[0, :1])], epochs * per_epoch)
+            coupled = not _moves_each_by_itself(optimizer) or _settings_of(optimizer) != _settings_of(one)
+            if part._backward_hooks or (coupled and K * C > 1):
+                return None
+            optimizers.append((optimizer, schedule))
         curves = torch.zeros(K, C, epochs, device=w.device, dtype=w.dtype)
         for number in range(epochs * per_epoch):
             loss = objective.train_loss(w.flatten(0, 1), values, batch.repeat(C)).view(K, C)
@@ -203,14 +210,29 @@ def _train(task: Task, lam: Tensor, epochs: int, seed: int) -> _Trained | None:
                 begun = torch.stack([_sketch(loss[k, c], w.grad[k, c]) for k, c in some])
                 if not _agree(begun, torch.stack(alone), _ROUNDING[w.dtype]):
                     return None
-            optimizer.step()
-            schedule.step()
+            for (optimizer, schedule), (_, part, of_rate) in zip(optimizers, parts, strict=True):
+                if part is not w:
+                    part.grad = w.grad[:, of_rate]
+                optimizer.step()
+                schedule.step()
+                if part is not w:
+                    w.data[:, of_rate] = part.data
             curves[..., number // per_epoch] += loss.detach() / per_epoch
             batch = next(stream)
     kept = objective.statistics if objective.has_statistics else {}
     return _Trained(
         w.detach(), curves, {k: b.unflatten(0, (K, C)) for k, b in kept.items()}, objective.final_memories()
     )
+
+
+def _by_rate(w: nn.Parameter, rates: list[float]) -> list[tuple[float, nn.Parameter, list[int]]]:
+    """For each learning rate: itself, the weights (K, settings with it, D) that it moves, and which settings these are; w itself, if it is one."""
+    of_rate: dict[float, list[int]] = {}
+    for c, rate in enumerate(rates):
+        of_rate.setdefault(rate, []).append(c)
+    if len(of_rate) == 1:
+        return [(rates[0], w, [*range(len(rates))])]
+    return [(rate, nn.Parameter(w.data[:, some]), some) for rate, some in of_rate.items()]
 
 
 def _moves_each_by_itself(optimizer: torch.optim.Optimizer) -> bool:

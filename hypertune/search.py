@@ -37,10 +37,10 @@ from hypertune.randomness import draw_seed, gradients
 from hypertune.recipes import NAMES
 from hypertune.response import BestResponse
 from hypertune.space import Space
-from hypertune.starts import out_of_corners, restarts, screen
+from hypertune.starts import out_of_corners, restarts, screen, screen_rate
 from hypertune.task import Task, stack
 from hypertune.training import hyper_train
-from hypertune.tunable import check_names, check_settings, with_rows
+from hypertune.tunable import check_names, check_settings, of_net
 
 
 class HyperTrainingSearchCV(BaseSearchCV):
@@ -385,7 +385,9 @@ class HyperTrainingSearchCV(BaseSearchCV):
 
     def _propose_candidates(self) -> Mapping[str, dict[str, Any]] | list[dict[str, Any]]:
         """Hyper-train, and return the settings to verify, by name. A subclass may put any other proposal in its place, without names too."""
-        space, folds, _, current, _ = task = self._make_task()
+        whole = self._make_task()
+        at = screen_rate(whole)  # λ, with the learning rate
+        space, folds, _, current, _ = task = whole.at(at)
         start = None
         if self.evaluate == "retrain" and self.start == "screened" and self.algorithm != "global":
             start = screen(task)
@@ -405,27 +407,38 @@ class HyperTrainingSearchCV(BaseSearchCV):
             if self.start != "screened" or self.evaluate != "retrain" or stopped or not response.is_constant():
                 break
             response, history = tune(task, start=again, grain_scale=grain_scale)
-        self.history_ = history | {"grain_scale": grain_scale}
+        rate = {h.name: whole.space.decode(at)[h.name] for h in whole.space.hyperparameters if h.tried}
+        self.history_ = history | {"grain_scale": grain_scale} | rate
         if self.evaluate == "hypernetwork":
             self.best_response_ = response
             self._known.append(response)
             return {"tuned": response.params}
-        tuned = space.encode(response.params)
-        candidates = distinct(tuned, start, current)
+        tuned = whole.whole(space.encode(response.params), at)
+        candidates = distinct(tuned, None if start is None else whole.whole(start, at), whole.current)
         candidates, retrained, verified = retrain_candidates(
-            task, candidates, more=self.start == "screened", watched=self._is_watched()
+            whole, candidates, more=self.start == "screened", watched=self._is_watched()
         )
+        if verified is not None:  # the response is of one learning rate
+            lam, losses = verified
+            same = (lam == at)[:, tried := whole.space.tried].all(dim=1)
+            verified = lam[same][:, ~tried], losses[same]
         self.best_response_ = replace(response, verified=verified)
         self._known += retrained
-        return {name: space.decode(lam) for name, lam in candidates.items()}
+        return {name: whole.space.decode(lam) for name, lam in candidates.items()}
 
     def _make_task(self) -> Task:
         """What is to be trained; refuses what cannot be."""
         net, prefix = net_of(self.estimator), prefix_of(self.estimator)
-        space = with_rows(net, Space.from_distributions(self.param_distributions, prefix))
+        space = of_net(net, Space.from_distributions(self.param_distributions, prefix))
         settings = self._settings()
         check_settings(type(self.estimator).__name__, settings, space, prefix)
         check_names(net, space)
+        tried = [h.name for h in space.hyperparameters if h.tried]
+        if tried and (self.start != "screened" or self.evaluate != "retrain"):
+            raise ValueError(
+                f"param_distributions[{tried[0]!r}]: a learning rate is found by trying some first, and by retraining: that needs start='screened' and "
+                f"evaluate='retrain' (check_hypergradient sets 'hypernetwork'), got start={self.start!r} and evaluate={self.evaluate!r}. Set it on the estimator."
+            )
         grains = {h.grain for h in space.hyperparameters}
         seed, folds = draw_seed(self.random_state), self._folds(grains)
         space, objective = stack(space, folds, _num_samples(self._inputs[0]), seed)

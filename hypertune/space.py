@@ -113,6 +113,8 @@ class Hyperparameter:
         How many coordinates there are and how they are arranged; None for a single number, or until it is resolved.
     prefix : str, default=""
         What of the name precedes the net's own: ``"net__"`` in a Pipeline.
+    tried : bool, default=False
+        Whether some values of it are tried, since no gradient moves it: a learning rate.
     """
 
     name: str
@@ -126,6 +128,7 @@ class Hyperparameter:
     grain: Grain | None = None
     shape: Shape | None = None
     prefix: str = ""
+    tried: bool = False
 
     @property
     def own(self) -> str:
@@ -376,6 +379,16 @@ class Space:
     def log(self) -> Tensor:
         """Booleans of shape (n,): the coordinates that are logarithms."""
         return self.mask(lambda h: h.coordinate == "log")
+
+    @property
+    def tried(self) -> Tensor:
+        """Booleans of shape (n,): the coordinates that are tried at some values; gradients move the others."""
+        return self.mask(lambda h: h.tried)
+
+    @property
+    def descended(self) -> Space:
+        """Without what is tried."""
+        return Space(tuple(h for h in self.hyperparameters if not h.tried))
 
     def clip(self, lam: Tensor) -> Tensor:
         """λ (..., n) moved into its box."""

@@ -1,13 +1,14 @@
-"""Where λ̂ starts: at a screened setting, out of the corners, and again where the model was left with a constant prediction.
+"""Where λ̂ starts: with which learning rate, at a screened setting, out of the corners, and again where only a constant prediction was left.
 
-A gradient needs a slope. Far down on a logarithmic axis there is none, nor where regularisation is so strong that nothing
-but a constant prediction remains.
+No gradient finds a learning rate, so some are tried. And a gradient needs a slope: far down on a logarithmic axis there is none, nor where
+regularisation is so strong that nothing but a constant prediction remains.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -15,12 +16,14 @@ from torch import Tensor
 
 from hypertune.batches import Minibatches
 from hypertune.hyperprior import vertex
-from hypertune.retraining import Retrained, retrain
+from hypertune.retraining import retrain
 from hypertune.space import Space
 from hypertune.task import Task
 
 _SCREENED = 600_000  # multiplications for a row by all models: beyond it each costs what it would alone
 _LINE = (0.4, 0.5, 0.6, 0.7)  # quantiles
+_RATES = (0.1, 0.3, 0.5, 0.7, 0.9)  # quantiles
+_APART = 0.5  # of the distance between these: one that is nearer to the estimator's own learning rate is left out
 _SCREENED_STEPS = 150  # a screening is at least so long, or as long as a fit
 _SCREENED_SHARE = 1 / 3
 _NEARLY = 1.05  # times the least loss: as good, in a screening
@@ -52,18 +55,11 @@ def screen(task: Task) -> Tensor | None:
         settings, affordable = settings[: len(line) + 1], 1
     if not affordable:
         return None
-    folds, net = folds[:affordable], folds[0].net
-    per_epoch = min(Minibatches([fold.train], net.batch_size, seed=0).steps_per_epoch for fold in folds)
-    steps = max(_SCREENED_SHARE * net.max_epochs * per_epoch, _SCREENED_STEPS)
-    epochs = min(net.max_epochs, math.ceil(steps / per_epoch))
-    screened: list[Retrained] = []
-    for some in [settings] if objective.stacked else settings.split(1):
-        seed = screened[0].seed if screened else None
-        trained = retrain(task._replace(folds=folds), some, epochs=epochs, seed=seed, unstacked=True)
-        if trained is None:
-            return None
-        screened.append(trained)
-    losses = torch.cat([trained.validation_losses(folds) for trained in screened])
+    losses_of = _screening(task._replace(folds=folds[:affordable]))
+    screened = [losses_of(some) for some in ([settings] if objective.stacked else settings.split(1))]
+    if any(some is None for some in screened):
+        return None
+    losses = torch.cat(screened)  # type: ignore[arg-type]
     best = int(losses.argmin())
     if best == len(line) and (near := (losses[:best] <= _NEARLY * losses[best]).nonzero()).numel():
         return settings[near[-1, 0]]
@@ -72,6 +68,90 @@ def screen(task: Task) -> Tensor | None:
         return settings[best]
     at = vertex(np.arange(len(line)), losses[: len(line)].log().numpy())
     return torch.lerp(settings[int(at)], settings[math.ceil(at)], at % 1)
+
+
+def screen_rate(task: Task) -> Tensor:
+    """``current`` (n,), with the learning rate to train with, if one is searched for.
+
+    Tried are the estimator's own and five quantiles of its distribution. With which regularisation? A weak one is best with smaller
+    learning rates than what will be tuned. So each is tried with the other hyperparameters as they are, with the
+    logarithmic ones at their medians, and with the rest at quantile 0.25, too: the least of all losses tells, or the vertex of the parabola through
+    it and its neighbours. They are trained as in :func:`screen`, on as many folds as is cheap. Where that is none, it is one, without
+    the second of the three, from the own learning rate upwards, and downwards if that was no better, until the loss rises.
+
+    Warns, and keeps the own one, where such a training would not be that of a fit.
+    """
+    space, folds, objective, current, _ = task
+    if not (tried := space.tried).any():
+        return current
+
+    def quantiles(q: tuple[float, ...]) -> Tensor:
+        return space.quantile(np.array(q)[:, None].repeat(space.n, axis=1))
+
+    rates, own = quantiles(_RATES)[:, tried], current[None, tried]
+    rates = (
+        torch.cat([rates[(rates - own).abs() > _APART * rates.diff(dim=0).min()][:, None], own]).sort(dim=0).values
+    )  # (R, 1)
+    half, quarter = quantiles((0.5, 0.25))
+    others = torch.stack([current, torch.where(space.log, half, current), torch.where(space.log, half, quarter)])
+    settings = others[:, None].repeat(1, len(rates), 1)  # (3, R, n)
+    settings[..., tried] = rates
+    affordable = _SCREENED // (settings[..., 0].numel() * objective.cost) if objective.stacked else 0
+    losses = _screening(task._replace(folds=folds[:affordable]))(settings.flatten(0, 1)) if affordable else None
+    if losses is None:
+        settings, loss_of = settings[::2], _screening(task._replace(folds=folds[:1]))
+        losses = _climbed(lambda row, i: loss_of(settings[row, i, None]), int((rates < own).sum()), settings.shape[:2])
+    if losses is None:
+        warnings.warn(
+            f"The learning rate is left at {folds[0].net.get_params()['lr']:g}: trainings to compare others would not be those of fits. A function of yours "
+            "changes from call to call, an optimizer has a hook, or the model is too large.",
+            UserWarning,
+            stacklevel=2,
+        )
+        return current
+    losses = losses.view(len(settings), -1)
+    losses = losses[int(losses.amin(dim=1).argmin())]
+    best = int(losses.argmin())
+    found, around = rates[best, 0], losses[max(best - 1, 0) : best + 2]
+    if 0 < best < len(rates) - 1 and (around.isfinite() & (around > 0)).all():
+        a, b, _ = np.polyfit(rates[best - 1 : best + 2, 0], around.log(), 2)
+        found = -b / (2 * a)
+    return torch.where(tried, found, current)
+
+
+def _climbed(loss_of: Callable[[int, int], Tensor | None], begin: int, shape: torch.Size) -> Tensor | None:
+    """Losses of this shape: in each row from ``begin`` upwards, or else downwards, until they rise; infinite where nobody looked."""
+    losses = torch.full(shape, math.inf, dtype=torch.float64, device="cpu")
+    for row in range(shape[0]):
+        best = begin
+        for way in (range(begin, shape[1]), range(begin - 1, -1, -1)):
+            for i in way if best == begin else ():
+                if (loss := loss_of(row, i)) is None:
+                    return None
+                losses[row, i] = float(loss)
+                if losses[row, i] > losses[row, best] or (i >= begin and not losses[row, i].isfinite()):
+                    break
+                best = i
+    return losses
+
+
+def _screening(task: Task) -> Callable[[Tensor], Tensor | None]:
+    """What trains settings (C, n) for a third of a fit (at least 150 steps, at most a whole fit), all from one seed, and gives the mean validation losses (C,)."""
+    net = task.folds[0].net
+    per_epoch = min(Minibatches([fold.train], net.batch_size, seed=0).steps_per_epoch for fold in task.folds)
+    steps = max(_SCREENED_SHARE * net.max_epochs * per_epoch, _SCREENED_STEPS)
+    epochs = min(net.max_epochs, math.ceil(steps / per_epoch))
+    seed: int | None = None
+
+    def losses_of(settings: Tensor) -> Tensor | None:
+        nonlocal seed
+        trained = retrain(task, settings, epochs=epochs, seed=seed, unstacked=True)
+        if trained is None:
+            return None
+        seed = trained.seed
+        return trained.validation_losses(task.folds)
+
+    return losses_of
 
 
 def out_of_corners(space: Space, current: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch import Tensor
@@ -27,6 +29,21 @@ class Task(NamedTuple):
     objective: Objective
     current: Tensor
     seed: int
+
+    def at(self, lam: Tensor) -> Task:
+        """What is left to gradients: the nets have the learning rate of λ (n,), if one is searched for, and the space lacks it."""
+        if not (tried := self.space.tried).any():
+            return self
+        params = self.space.decode(lam)
+        rate = {h.own: params[h.name] for h in self.space.hyperparameters if h.tried}
+        folds = [replace(fold, net=copy.copy(fold.net).set_params(**rate)) for fold in self.folds]
+        return self._replace(space=self.space.descended, folds=folds, current=self.current[~tried])
+
+    def whole(self, descended: Tensor, at: Tensor) -> Tensor:
+        """λ of the space of :meth:`at` → λ (n,), with the learning rate of ``at`` (n,)."""
+        lam = at.clone()
+        lam[~self.space.tried] = descended
+        return lam
 
 
 def stack(space: Space, folds: list[Fold], n_rows: int, seed: int) -> tuple[Space, Objective]:

@@ -33,13 +33,14 @@ _GRAINS: dict[str, tuple[Grain | None, ...]] = {
 }
 
 
-def with_rows(net: Net, space: Space) -> Space:
-    """The same space, with one value for each training row where that is what a hyperparameter means."""
+def of_net(net: Net, space: Space) -> Space:
+    """The same space as the net has it: with one value for each training row where a hyperparameter means that, and with what is tried."""
 
-    def of_rows(h: Hyperparameter) -> bool:
-        return h.grain is None and net.loss_names.get(h.own) == "sample_weight"
+    def as_it_is(h: Hyperparameter) -> Hyperparameter:
+        of_rows = h.grain is None and net.loss_names.get(h.own) == "sample_weight"
+        return replace(h, grain="row" if of_rows else h.grain, tried=h.own in net.tried_names)
 
-    return Space(tuple(replace(h, grain="row") if of_rows(h) else h for h in space.hyperparameters))
+    return Space(tuple(map(as_it_is, space.hyperparameters)))
 
 
 def check_settings(owner: str, settings: Mapping[str, Any], space: Space, prefix: str) -> None:
@@ -144,12 +145,22 @@ def check_names(net: Net, space: Space) -> None:
             )
         if own.startswith(("module__", "penalty__", "augment__")):
             continue
+        if h.tried:
+            others = [other for other in space.hyperparameters if not other.tried]
+            if not others or any(other.grain == "row" for other in others):
+                beside = "alone" if not others else "beside a weight for each row"
+                raise ValueError(f"{where}: {beside} it is not searched for here: give it to {OUTER}.")
+            if h.support[0] < 0 or not math.isfinite(h.support[1]):
+                raise ValueError(
+                    f"{where}: the range [{h.support[0]:g}, {h.support[1]:g}] of a learning rate: write loguniform(low, high)."
+                )
+            continue
         if own not in net.loss_names:
             raise ValueError(
                 f"{where}: {own!r} does not change the loss that training minimises, so there is no gradient to follow "
                 "(Lorraine & Duvenaud 2018, section 2.2). Set it on the estimator, or give it to "
                 f"{OUTER}. By gradient: {sorted(net.loss_names)}, {'the keywords of penalty and augment, ' * ('augment' in net.get_params())}"
-                "and the dropout rates among module__…."
+                f"and the dropout rates among module__…{'; and by trying some values: lr' * bool(net.tried_names)}."
             )
         if reason := net._why_not(own):
             raise ValueError(f"{where}: {reason}.")

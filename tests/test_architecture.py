@@ -110,7 +110,7 @@ ROOMS = {  # room -> the rooms that it imports from
         "task",
     },
     "starts": {"batches", "hyperprior", "retraining", "space", "task"},
-    "candidates": {"retraining", "task"},
+    "candidates": {"retraining", "space", "task"},
     "optuna": {"search", "space"},
     "plotting": {"response", "search"},
     "search": {

@@ -186,3 +186,34 @@ def test_the_stronger_candidate_of_a_large_model_is_called_so(iris, monkeypatch)
     task = Keeping(net, {"weight_decay": loguniform(1e-6, 1e1)}, cv=3, random_state=0).fit(*iris).task
     monkeypatch.setattr(Retrained, "validation_losses", lambda self, folds: away(-5.0)(self.lam))
     assert list(retrain_candidates(task, distinct(TUNED, None, OWN))[0]) == ["tuned", "own", "stronger"]
+
+
+def test_half_and_twice_the_best_learning_rate_are_tried(iris, monkeypatch):
+    """Of the best setting, whatever it is; the tuned setting's stronger penalties and the line leave the learning rate alone."""
+    space = {"weight_decay": loguniform(1e-6, 1e1), "lr": loguniform(1e-4, 1e-1)}
+    task = Keeping(clone(NET).set_params(max_epochs=1), space, cv=3, random_state=0).fit(*iris).task
+
+    def run(best, lr):
+        monkeypatch.setattr(
+            Retrained,
+            "validation_losses",
+            lambda self, folds: (self.lam - torch.tensor([best, np.log(lr)])).abs().sum(dim=1),
+        )
+        tuned, own = ([decay, np.log(rate)] for decay, rate in [(-8.0, 0.01), (-13.0, 0.003)])
+        candidates, retrained, _ = retrain_candidates(
+            task, distinct(torch.tensor(tuned, dtype=torch.float64), None, torch.tensor(own, dtype=torch.float64))
+        )
+        assert [len(r.lam) for r in retrained] == [3, len(candidates) - 3]
+        return {name: (round(float(lam[0]), 2), round(float(lam[1].exp()), 5)) for name, lam in candidates.items()}
+
+    first = {"tuned": (-8.0, 0.01), "own": (-13.0, 0.003), "stronger": (-6.5, 0.01)}
+    assert run(-8.0, 0.01) == {**first, "lr / 2": (-8.0, 0.005), "lr x 2": (-8.0, 0.02)}
+    line = {"tuned x 0.5": (-10.5, 0.003), "tuned x 1.5": (-13.82, 0.003)}
+    assert run(-14.0, 0.001) == {**first, **line, "lr / 2": (-13.0, 0.0015), "lr x 2": (-13.0, 0.006)}
+    beyond = {
+        "tuned x 0.5": (-7.25, 0.01),
+        "tuned x 1.5": (-5.75, 0.01),
+        "tuned x 2": (-5.0, 0.01),
+        "tuned x 3": (-3.5, 0.01),
+    }
+    assert run(-5.0, 0.01) == {**first, **beyond, "lr / 2": (-6.5, 0.005), "lr x 2": (-6.5, 0.02)}

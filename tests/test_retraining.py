@@ -389,3 +389,43 @@ def test_codes_in_the_training_rows_of_one_fold_alone(iris, used):
     found = search(net, {"input_noise": uniform(0, 1)}, scoring="neg_log_loss", cv=splits).fit(X, y)
     assert not any(used)
     assert_scores_are_those_of_own_fits(found, X, y, rel=1e-9)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_settings_of_several_learning_rates_are_single_fits_in_one_stack(iris, optimizer):
+    X, y = iris
+    net = clone(NET).set_params(dtype="float64", optimizer=optimizer)
+    space = {"lr": loguniform(1e-4, 1e-1), "weight_decay": loguniform(1e-6, 1e0)}
+    task = Keeping(net, space, cv=3, random_state=0).fit(X, y).task
+    settings = [
+        {"lr": lr, "weight_decay": decay} for lr, decay in [(0.02, 1e-3), (1e-3, 0.1), (0.02, 0.1), (0.05, 1e-3)]
+    ]
+    retrained = retrain(task, torch.stack([task.space.encode(one) for one in settings]))
+    for c, setting in enumerate(settings):
+        for k, (train, _) in enumerate(StratifiedKFold(3).split(X, y)):
+            alone = clone(net).set_params(**setting).fit(X[train], y[train])
+            assert_allclose(retrained.curves[k, c], alone.loss_curve_, rtol=1e-9)
+            last = torch.cat([p.detach().flatten() for p in alone.module_.parameters()])
+            assert_allclose(retrained.weights[k, c], last, rtol=1e-6, atol=1e-9)
+
+
+def test_an_optimizer_that_looks_at_all_weights_trains_one_model(iris):
+    """Not several together; but a short training for comparison is of one."""
+
+    class Normed(torch.optim.SGD):
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.grad /= p.grad.norm() + 1e-12
+            return super().step(closure)
+
+    X, y = iris
+    net = clone(NET).set_params(optimizer=Normed, dtype="float64")
+    task = Keeping(net, {"lr": loguniform(1e-4, 1e-1), "weight_decay": loguniform(1e-6, 1e0)}, cv=3).fit(X, y).task
+    settings = [{"lr": lr, "weight_decay": 1e-3} for lr in (0.02, 0.05)]
+    lam = torch.stack([task.space.encode(one) for one in settings])
+    assert retrain(task, lam) is None
+    train, _ = next(StratifiedKFold(3).split(X, y))
+    for one, setting in zip(lam, settings, strict=True):
+        curve = retrain(task._replace(folds=task.folds[:1]), one[None]).curves[0, 0]
+        assert_allclose(curve, clone(net).set_params(**setting).fit(X[train], y[train]).loss_curve_, rtol=1e-9)
