@@ -13,11 +13,11 @@ from benchmarks.cost import measure_cost
 from benchmarks.figures import FIGURES, runner
 from benchmarks.hypergradients import measure_hypergradients
 from benchmarks.peers import measure_peers
-from benchmarks.problems import ARENA, digits, mnist_conv, mnist_mlp
+from benchmarks.problems import ARENA, RATES, digits, mnist_conv, mnist_mlp
 from benchmarks.relevance import measure_relevance
 from benchmarks.robustness import measure_robustness
 from benchmarks.scaling import measure_scaling
-from benchmarks.solvers import SOLVERS
+from benchmarks.solvers import OF_RATES, SOLVERS
 from benchmarks.stress import CASES, measure_stress
 
 NAMES = {
@@ -46,11 +46,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=1, help="number of seeds (default 1)")
     parser.add_argument("--mnist", metavar="DIR", default=None, help="folder of MNIST's IDX files")
     parser.add_argument("--out", metavar="DIR", type=Path, default=_HERE / "out", help="where results go")
-    parser.add_argument("--problems", nargs="+", choices=list(ARENA), default=list(ARENA), metavar="PROBLEM")
+    parser.add_argument("--problems", nargs="+", choices=[*ARENA, *RATES], default=list(ARENA), metavar="PROBLEM")
     parser.add_argument(
         "--cases", nargs="+", choices=list(CASES), default=list(CASES), metavar="CASE", help="of stress"
     )
-    parser.add_argument("--solvers", nargs="+", choices=list(SOLVERS), default=list(SOLVERS), metavar="SOLVER")
+    parser.add_argument("--solvers", nargs="+", choices=[*SOLVERS, *OF_RATES], default=list(SOLVERS), metavar="SOLVER")
     parser.add_argument(
         "--patience",
         type=float,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -268,3 +268,23 @@ ARENA: dict[str, Callable[[int, str | None], Problem]] = {
     "mnist20000-6": partial(mnist_mlp, name="mnist20000-6", rows=20_000, valid_rows=5_000, epochs=15),
     "mnist5000-conv-8": mnist_conv,
 }
+
+
+def _with_rate(seed: int, directory: str | None, *, of: Callable[[int, str | None], Problem]) -> Problem:
+    """The same problem with the learning rate in the space, over three decades; all start from the estimator's own."""
+    problem = of(seed, directory)
+    space = problem.space | {f"{problem.prefix}lr": loguniform(1e-4, 1e-1)}
+    return replace(problem, name=f"{problem.name}+lr", space=space)
+
+
+_RATED = (
+    "wine-6",
+    "diabetes-5",
+    "cancer-6",
+    "digits200-6",
+    "digits-6",
+    "mnist1000-6",
+    "mnist5000-6",
+    "mnist5000-conv-8",
+)
+RATES = {f"{name}+lr": partial(_with_rate, of=ARENA[name]) for name in _RATED}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from sklearn.pipeline import Pipeline
 
 from benchmarks.problems import Problem
 from hypertune import HyperTrainingSearchCV
-from hypertune.space import Hyperparameter
+from hypertune.space import Grained, Hyperparameter
 
 
 @dataclass
@@ -75,7 +75,7 @@ def run(
     Parameters
     ----------
     name : str
-        One of :data:`SOLVERS`.
+        One of :data:`SOLVERS` and :data:`OF_RATES`.
     seconds : float
         A trial that has begun when they are over is finished and counts.
     trials : int, optional
@@ -87,7 +87,7 @@ def run(
     curve: list[tuple[float, float]] = []
     path: dict[str, list[Any]] = {}
     start = time.perf_counter()
-    for trial in SOLVERS[name](problem, seconds):
+    for trial in (SOLVERS | OF_RATES)[name](problem, seconds):
         now = time.perf_counter() - start  # the clock
         best, path = (trial if trial.loss < best.loss else best), trial.path or path
         curve.append((now, best.loss))
@@ -226,6 +226,19 @@ def _one_decay(problem: Problem) -> Iterator[dict[str, Any]]:
         yield {f"{problem.prefix}weight_decay": float(10 ** (-6 + 7 * share))}
 
 
+def kept_rate(problem: Problem, seconds: float) -> Iterator[Trial]:
+    """Ours, with the estimator's own learning rate: the others of the space. Takes what it takes."""
+    space = {name: prior for name, prior in problem.space.items() if name != f"{problem.prefix}lr"}
+    return hypertune(replace(problem, space=space), seconds)
+
+
+def rate_and_decay(problem: Problem, seconds: float) -> Iterator[Trial]:
+    """TPE over the learning rate and one weight decay alone; the rest as it is."""
+    names = [f"{problem.prefix}{name}" for name in ("lr", "weight_decay")]
+    space = {name: prior.distribution if isinstance(prior := problem.space[name], Grained) else prior for name in names}
+    return tpe(replace(problem, space=space), seconds)
+
+
 SOLVERS: dict[str, Solver] = {
     "defaults": defaults,
     "hypertune": hypertune,
@@ -240,6 +253,7 @@ SOLVERS: dict[str, Solver] = {
     "early-stop": early_stopping,
     "one-wd-stop": one_decay_stopped,
 }
+OF_RATES: dict[str, Solver] = {"kept-lr": kept_rate, "lr-wd": rate_and_decay}
 
 
 def _optuna(

@@ -23,7 +23,7 @@ from hypertune.task import Task
 _SCREENED = 600_000  # multiplications for a row by all models: beyond it each costs what it would alone
 _LINE = (0.4, 0.5, 0.6, 0.7)  # quantiles
 _RATES = (0.1, 0.3, 0.5, 0.7, 0.9)  # quantiles
-_APART = 0.5  # of the distance between these: one that is nearer to the estimator's own learning rate is left out
+_APART = 0.4  # of the distance between these: one that is nearer to the estimator's own learning rate is left out
 _SCREENED_STEPS = 150  # a screening is at least so long, or as long as a fit
 _SCREENED_SHARE = 1 / 3
 _NEARLY = 1.05  # times the least loss: as good, in a screening
