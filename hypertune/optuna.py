@@ -1,6 +1,6 @@
 """A fitted search as an Optuna study: for Optuna's pictures, its dashboard and storages, and to go on with its samplers.
 
-What a gradient cannot tune (learning rate, layers) is for an outer study, in which each trial is a whole search: docs/choosing.md.
+What the search cannot tune (layers, batch size) is for an outer study, in which each trial is a whole search: docs/choosing.md.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
         (``loguniform``, ``uniform``, ...) or ``optuna.distributions.FloatDistribution``. What can be tuned:
         ``weight_decay``, ``l1``, ``input_noise``, ``label_smoothing``, ``mixup``, ``sample_weight``, the keywords of a ``penalty``
         and an ``augment`` function, and every ``module__…`` keyword that sets a dropout rate or another number which only training
-        reads. The penalties may have a value for each layer, unit, weight or feature, with
+        reads; and beside one of these ``lr``, of which some values are tried before. The penalties may have a value for each layer, unit, weight or feature, with
         :func:`per_layer`, :func:`per_unit`, :func:`per_weight`, :func:`per_feature` around the distribution. Of a skorch net ``optimizer__weight_decay``, ``criterion__label_smoothing`` and ``module__…``.
     algorithm : {"auto", "joint", "global", "simplified", "implicit", "t1t2", "unrolled", "forward", "hybrid"} or instance, \
             default="auto"
@@ -80,7 +80,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
         Screened are small models that can be stacked; and, if a logarithmic hyperparameter is tuned, those with BatchNorm that are
         larger or cannot be stacked, on one fold. Not with ``evaluate="hypernetwork"``, ``algorithm="global"``, skorch nets or ``sample_weight``. "screened" also
         begins again, with less regularisation, where nothing but a constant prediction was left at the end. "estimator" verifies the tuned
-        setting and the estimator's own only.
+        setting and the estimator's own only. An ``lr`` in the space needs "screened".
     evaluate : {"retrain", "hypernetwork"}, default="retrain"
         How the candidates are scored: by retraining each from scratch on every fold, or (the paper's return value, for
         the tuned setting only) by the weights that the hypernetwork gives, which retrains nothing.
@@ -139,7 +139,8 @@ class HyperTrainingSearchCV(BaseSearchCV):
     ----------
     cv_results_ : dict of arrays
         As in ``GridSearchCV``; one row per candidate, with its name under "candidate": "tuned", "middle", "start", "own",
-        "stronger", and "tuned x 1.5" where it is half as far again from the tuned setting as the best of these. ``mean_fit_time`` does not include the stacked passes in which candidates are retrained together.
+        "stronger", and "tuned x 1.5" where it is half as far again from the tuned setting as the best of these; "lr / 2" and "lr x 2" are the best
+        one with other learning rates. ``mean_fit_time`` does not include the stacked passes in which candidates are retrained together.
     best_estimator_ : estimator
         Refitted on all the data with ``best_params_``; only if ``refit``.
     best_score_ : float
@@ -159,9 +160,10 @@ class HyperTrainingSearchCV(BaseSearchCV):
     multimetric_ : bool
         Whether several metrics were computed.
     best_response_ : BestResponse
-        The learned best response: weights, a fitted estimator or a validation curve at any setting, without training.
+        The learned best response, at one learning rate: weights, a fitted estimator or a validation curve at any setting, without training.
     history_ : dict of arrays
-        The hyper-training: "algorithm" (a string: which one ran, and why), "grain_scale"; and for each record "step", "seconds", "epoch",
+        The hyper-training: "algorithm" (a string: which one ran, and why), "grain_scale", under its name the learning rate, if that was
+        searched for; and for each record "step", "seconds", "epoch",
         "train_loss" and "validation_loss" (means over folds, the latter on at most 1,000 validation rows of each, of costly models
         256), and the value of each hyperparameter under its name.
     n_features_in_ : int
