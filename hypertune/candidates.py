@@ -47,7 +47,8 @@ def retrain_candidates(
     1. of small models, "stronger": the tuned setting with all logarithmic hyperparameters e^1.5 times as large, which for penalties is so;
     2. of these, if one of all is better than the tuned setting by 2%: four settings on the line from that through the best, "tuned x 1.5" being
        half as far again;
-    3. of these, if the learning rate is searched for: the best of all with half and with twice of it, "lr / 2" and "lr x 2";
+    3. of these, if the learning rate is searched for: the best before 2. with half and with twice of it, "lr / 2" and "lr x 2", as far as
+       its range goes;
     4. of others with BatchNorm: "stronger", from the best setting.
 
     The last three take a second stacked pass.
@@ -66,7 +67,7 @@ def retrain_candidates(
     more = more and (small or objective.has_statistics)
     if watched and not more:
         return candidates, [], None
-    stronger, tuned, tried = _STRONGER * (space.log & ~space.tried), candidates["tuned"], dict(candidates)
+    stronger, tuned, tried = _STRONGER * (space.log & ~space.rate), candidates["tuned"], dict(candidates)
     if more and small:
         tried |= _new({"stronger": space.clip(tuned + stronger)}, tried.values())
     first = retrain(task, torch.stack([*tried.values()]))
@@ -77,7 +78,7 @@ def retrain_candidates(
     if more and not small and losses.isfinite().any():
         further = {"stronger": best + stronger}
     elif more and losses[0] - losses.min() > _WORTHWHILE * losses[0].abs():
-        begin = torch.where(space.tried, best, tuned)  # with the learning rate of the best
+        begin = torch.where(space.rate, best, tuned)  # with the learning rate of the best
         away = torch.where(best == begin, 0.0, best - begin)
         further = {f"tuned x {times:g}": begin + times * away for times in _ON_THE_LINE}
     if more and small:
@@ -102,7 +103,7 @@ def _with_other_rates(space: Space, lam: Tensor) -> Candidates:
     return {
         name: space.encode(params | {h.name: factor * params[h.name]})
         for h in space.hyperparameters
-        if h.tried
+        if h.is_rate
         for name, factor in _OTHER_RATES.items()
     }
 

@@ -21,14 +21,14 @@ class Net(Protocol):
     ----------
     loss_names : mapping from str to str
         Its parameters that are hyperparameters of the loss, and which (:data:`hypertune.objective.LOSS_HYPERPARAMETERS`).
-    tried_names : collection of str
-        Those that are no hyperparameters of the loss, and that a search tries at some values.
+    rate_name : str or None
+        The one that is the learning rate, if a search may try others.
     batch_size, max_epochs : int
     device : str
     """
 
     loss_names: ClassVar[Mapping[str, str]]
-    tried_names: ClassVar[Collection[str]]
+    rate_name: ClassVar[str | None]
 
     @property
     def batch_size(self) -> int: ...

@@ -59,10 +59,9 @@ def to_study(search: HyperTrainingSearchCV, study: optuna.Study | None = None) -
     """
     check_is_fitted(search, "cv_results_")
     space, results = search.best_response_.space, search.cv_results_
-    declared = Space.from_distributions(search.param_distributions)
-    space = Space(
-        space.hyperparameters + tuple(h for h in declared.hyperparameters if h.name not in space.names)
-    )  # what was tried
+    rate = search.history_.keys() & results["params"][0].keys() - {*space.names}  # which the response lacks
+    if declared := {name: search.param_distributions[name] for name in rate if name in search.param_distributions}:
+        space = Space(space.hyperparameters + Space.from_distributions(declared).hyperparameters)
     metric = "score" if not search.multimetric_ else search.refit
     if f"mean_test_{metric}" not in results:
         raise ValueError(

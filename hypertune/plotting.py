@@ -87,7 +87,9 @@ class ResponseDisplay:
         known = {h.name: h for h in response.space.hyperparameters}
         if name not in known or known[name].size > 1:
             single = [h.name for h in known.values() if h.size == 1]
-            raise ValueError(f"{name!r} is not a hyperparameter of one number of this search; those are {single}.")
+            raise ValueError(
+                f"{name!r} is not a hyperparameter of one number that the response was learned for; those are {single}."
+            )
         h, tuned = known[name], float(np.ravel(known[name].flatten(response.params[name]))[0])
         has_band = response.sigma is not None and response.verified is not None
         if values is None:

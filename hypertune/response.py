@@ -261,7 +261,9 @@ class BestResponse:
         if not isinstance(params, Mapping):
             raise TypeError(f"A setting is a dict from name to value, such as {self.params!r}; got {params!r}.")
         if unknown := sorted(set(params) - set(self.space.names)):
-            raise ValueError(f"{unknown[0]!r} was not tuned; this best response knows {list(self.space.names)}.")
+            net = self.folds[0].net
+            rate = f" at one learning rate, {net.get_params()[net.rate_name]:g}" if net.rate_name else ""
+            raise ValueError(f"{unknown[0]!r}: this best response is a function of {list(self.space.names)}{rate}.")
         for h in self.space.hyperparameters:
             low, high = h.support
             if h.name in params and not ((v := h.flatten(params[h.name])) >= low).all() & (v <= high).all():

@@ -23,7 +23,7 @@ from hypertune.batches import Batch, Minibatches, Rows
 from hypertune.folds import Fold
 from hypertune.functions import state_of
 from hypertune.memory import Memory
-from hypertune.net import plain_settings
+from hypertune.net import Net, plain_settings
 from hypertune.objective import Objective
 from hypertune.problem import make_values
 from hypertune.randomness import draw_seed, isolated, rng_state, seed_torch, set_rng_state
@@ -170,7 +170,7 @@ class _Trained(NamedTuple):
 def _train(task: Task, lam: Tensor, epochs: int, seed: int) -> _Trained | None:
     """On folds with as many minibatches.
 
-    None if the optimizer couples weights, and where some separate fit would not begin as the stack does: with frozen weights
+    None if the optimizer couples weights and there are several models, and where some separate fit would not begin as the stack does: with frozen weights
     drawn at random, with a module or a penalty that draws random numbers for every model, ...
     """
     space, folds, objective, *_ = task
@@ -178,7 +178,7 @@ def _train(task: Task, lam: Tensor, epochs: int, seed: int) -> _Trained | None:
     objective = objective.with_statistics_of(K, C)
     stream = Minibatches([fold.train for fold in folds], net.batch_size, seed=seed)
     per_epoch, batch = stream.steps_per_epoch, next(stream)
-    settings, descended = [space.to_net(space.decode(one)) for one in lam], lam[:, ~space.tried]
+    settings = [space.to_net(space.decode(one)) for one in lam]
     with isolated(seed, net.device):
         # Every setting on the first fold, and the first setting on every other.
         some = [(0, c) for c in range(C)] + [(k, 0) for k in range(1, K)]
@@ -190,18 +190,10 @@ def _train(task: Task, lam: Tensor, epochs: int, seed: int) -> _Trained | None:
             return None
         set_rng_state(own[0].noise, w.device)
         del own  # as many models
-        values = make_values(space.descended, objective, net)(descended.to(w), K)
-        assert isinstance(net, TorchEstimator)
-        parts = _by_rate(w, [setting.get("lr", net.lr) for setting in settings])
-        optimizers = []
-        for rate, part, _ in parts:
-            at = copy.copy(net).set_params(lr=rate)
-            optimizer, schedule = at._make_optimizer([part], epochs * per_epoch)
-            one, _ = at._make_optimizer([nn.Parameter(part.data[0, :1])], epochs * per_epoch)
-            coupled = not _moves_each_by_itself(optimizer) or _settings_of(optimizer) != _settings_of(one)
-            if part._backward_hooks or (coupled and K * C > 1):
-                return None
-            optimizers.append((optimizer, schedule))
+        values = make_values(space.without_rate, objective, net)(lam[:, ~space.rate].to(w), K)
+        optimizers = _Optimizers(net, w, [setting.get("lr") for setting in settings], epochs * per_epoch)
+        if optimizers.hooked or (optimizers.coupled and K * C > 1):
+            return None
         curves = torch.zeros(K, C, epochs, device=w.device, dtype=w.dtype)
         for number in range(epochs * per_epoch):
             loss = objective.train_loss(w.flatten(0, 1), values, batch.repeat(C)).view(K, C)
@@ -210,13 +202,7 @@ def _train(task: Task, lam: Tensor, epochs: int, seed: int) -> _Trained | None:
                 begun = torch.stack([_sketch(loss[k, c], w.grad[k, c]) for k, c in some])
                 if not _agree(begun, torch.stack(alone), _ROUNDING[w.dtype]):
                     return None
-            for (optimizer, schedule), (_, part, of_rate) in zip(optimizers, parts, strict=True):
-                if part is not w:
-                    part.grad = w.grad[:, of_rate]
-                optimizer.step()
-                schedule.step()
-                if part is not w:
-                    w.data[:, of_rate] = part.data
+            optimizers.step()
             curves[..., number // per_epoch] += loss.detach() / per_epoch
             batch = next(stream)
     kept = objective.statistics if objective.has_statistics else {}
@@ -225,14 +211,42 @@ def _train(task: Task, lam: Tensor, epochs: int, seed: int) -> _Trained | None:
     )
 
 
-def _by_rate(w: nn.Parameter, rates: list[float]) -> list[tuple[float, nn.Parameter, list[int]]]:
-    """For each learning rate: itself, the weights (K, settings with it, D) that it moves, and which settings these are; w itself, if it is one."""
-    of_rate: dict[float, list[int]] = {}
-    for c, rate in enumerate(rates):
-        of_rate.setdefault(rate, []).append(c)
-    if len(of_rate) == 1:
-        return [(rates[0], w, [*range(len(rates))])]
-    return [(rate, nn.Parameter(w.data[:, some]), some) for rate, some in of_rate.items()]
+class _Optimizers:
+    """What moves the weights w (K, C, D) of a stack: the net's optimizer, one for each learning rate among its settings.
+
+    Parameters
+    ----------
+    net : Net
+    w : nn.Parameter
+    rates : list of C float or None
+        None is the net's own.
+    steps : int
+    """
+
+    def __init__(self, net: Net, w: nn.Parameter, rates: list[float | None], steps: int):
+        self._w, self._parts = w, []
+        self.hooked = self.coupled = False
+        for rate in dict.fromkeys(rates):
+            which = [c for c, other in enumerate(rates) if other == rate]
+            own = net if rate is None else copy.copy(net).set_params(lr=rate)
+            part = w if len(which) == len(rates) else nn.Parameter(w.data[:, which])
+            optimizer, schedule = own._make_optimizer([part], steps)
+            one, _ = own._make_optimizer([nn.Parameter(part.data[0, :1])], steps)
+            self.hooked |= bool(part._backward_hooks)
+            self.coupled |= not _moves_each_by_itself(optimizer) or _settings_of(optimizer) != _settings_of(one)
+            self._parts.append((part, which, optimizer, schedule))
+
+    def step(self) -> None:
+        """By the gradient that w has."""
+        w = self._w
+        assert w.grad is not None
+        for part, which, optimizer, schedule in self._parts:
+            if part is not w:
+                part.grad = w.grad[:, which]
+            optimizer.step()
+            schedule.step()
+            if part is not w:
+                w.data[:, which] = part.data
 
 
 def _moves_each_by_itself(optimizer: torch.optim.Optimizer) -> bool:

@@ -139,8 +139,8 @@ class HyperTrainingSearchCV(BaseSearchCV):
     ----------
     cv_results_ : dict of arrays
         As in ``GridSearchCV``; one row per candidate, with its name under "candidate": "tuned", "middle", "start", "own",
-        "stronger", and "tuned x 1.5" where it is half as far again from the tuned setting as the best of these; "lr / 2" and "lr x 2" are the best
-        one with other learning rates. ``mean_fit_time`` does not include the stacked passes in which candidates are retrained together.
+        "stronger"; "tuned x 1.5" where it is half as far again from the tuned setting as the best of these; and "lr / 2" and "lr x 2", which
+        are the best of these with other learning rates. ``mean_fit_time`` does not include the stacked passes in which candidates are retrained together.
     best_estimator_ : estimator
         Refitted on all the data with ``best_params_``; only if ``refit``.
     best_score_ : float
@@ -162,8 +162,8 @@ class HyperTrainingSearchCV(BaseSearchCV):
     best_response_ : BestResponse
         The learned best response, at one learning rate: weights, a fitted estimator or a validation curve at any setting, without training.
     history_ : dict of arrays
-        The hyper-training: "algorithm" (a string: which one ran, and why), "grain_scale", under its name the learning rate, if that was
-        searched for; and for each record "step", "seconds", "epoch",
+        The hyper-training: "algorithm" (a string: which one ran, and why), "grain_scale", and the learning rate that it had (a number, under
+        its name), if that is in the space; and for each record "step", "seconds", "epoch",
         "train_loss" and "validation_loss" (means over folds, the latter on at most 1,000 validation rows of each, of costly models
         256), and the value of each hyperparameter under its name.
     n_features_in_ : int
@@ -388,8 +388,8 @@ class HyperTrainingSearchCV(BaseSearchCV):
     def _propose_candidates(self) -> Mapping[str, dict[str, Any]] | list[dict[str, Any]]:
         """Hyper-train, and return the settings to verify, by name. A subclass may put any other proposal in its place, without names too."""
         whole = self._make_task()
-        at = screen_rate(whole)  # λ, with the learning rate
-        space, folds, _, current, _ = task = whole.at(at)
+        rated = screen_rate(whole)  # λ, with the learning rate
+        space, folds, _, current, _ = task = whole.with_rate(rated)
         start = None
         if self.evaluate == "retrain" and self.start == "screened" and self.algorithm != "global":
             start = screen(task)
@@ -409,21 +409,21 @@ class HyperTrainingSearchCV(BaseSearchCV):
             if self.start != "screened" or self.evaluate != "retrain" or stopped or not response.is_constant():
                 break
             response, history = tune(task, start=again, grain_scale=grain_scale)
-        rate = {h.name: whole.space.decode(at)[h.name] for h in whole.space.hyperparameters if h.tried}
+        rate = {h.name: whole.space.decode(rated)[h.name] for h in whole.space.hyperparameters if h.is_rate}
         self.history_ = history | {"grain_scale": grain_scale} | rate
         if self.evaluate == "hypernetwork":
             self.best_response_ = response
             self._known.append(response)
             return {"tuned": response.params}
-        tuned = whole.whole(space.encode(response.params), at)
-        candidates = distinct(tuned, None if start is None else whole.whole(start, at), whole.current)
+        tuned = whole.insert_rate(space.encode(response.params), rated)
+        candidates = distinct(tuned, None if start is None else whole.insert_rate(start, rated), whole.current)
         candidates, retrained, verified = retrain_candidates(
             whole, candidates, more=self.start == "screened", watched=self._is_watched()
         )
         if verified is not None:  # the response is of one learning rate
             lam, losses = verified
-            same = (lam == at)[:, tried := whole.space.tried].all(dim=1)
-            verified = lam[same][:, ~tried], losses[same]
+            same = (lam == rated)[:, whole.space.rate].all(dim=1)
+            verified = lam[same][:, ~whole.space.rate], losses[same]
         self.best_response_ = replace(response, verified=verified)
         self._known += retrained
         return {name: whole.space.decode(lam) for name, lam in candidates.items()}
@@ -435,10 +435,10 @@ class HyperTrainingSearchCV(BaseSearchCV):
         settings = self._settings()
         check_settings(type(self.estimator).__name__, settings, space, prefix)
         check_names(net, space)
-        tried = [h.name for h in space.hyperparameters if h.tried]
-        if tried and (self.start != "screened" or self.evaluate != "retrain"):
+        rates = [h.name for h in space.hyperparameters if h.is_rate]
+        if rates and (self.start != "screened" or self.evaluate != "retrain"):
             raise ValueError(
-                f"param_distributions[{tried[0]!r}]: a learning rate is found by trying some first, and by retraining: that needs start='screened' and "
+                f"param_distributions[{rates[0]!r}]: a learning rate is found by trying some first, and by retraining: that needs start='screened' and "
                 f"evaluate='retrain' (check_hypergradient sets 'hypernetwork'), got start={self.start!r} and evaluate={self.evaluate!r}. Set it on the estimator."
             )
         grains = {h.grain for h in space.hyperparameters}

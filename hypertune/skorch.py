@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -44,7 +44,7 @@ class SkorchNet:
         "optimizer__weight_decay": "weight_decay",
         "criterion__label_smoothing": "label_smoothing",
     }
-    tried_names: ClassVar[Collection[str]] = ()
+    rate_name: ClassVar[str | None] = None
 
     def __sklearn_clone__(self) -> SkorchNet:
         return SkorchNet(clone(self.net))

@@ -113,8 +113,8 @@ class Hyperparameter:
         How many coordinates there are and how they are arranged; None for a single number, or until it is resolved.
     prefix : str, default=""
         What of the name precedes the net's own: ``"net__"`` in a Pipeline.
-    tried : bool, default=False
-        Whether some values of it are tried, since no gradient moves it: a learning rate.
+    is_rate : bool, default=False
+        Whether it is the learning rate, of which some values are tried: no gradient moves it.
     """
 
     name: str
@@ -128,7 +128,7 @@ class Hyperparameter:
     grain: Grain | None = None
     shape: Shape | None = None
     prefix: str = ""
-    tried: bool = False
+    is_rate: bool = False
 
     @property
     def own(self) -> str:
@@ -381,14 +381,14 @@ class Space:
         return self.mask(lambda h: h.coordinate == "log")
 
     @property
-    def tried(self) -> Tensor:
-        """Booleans of shape (n,): the coordinates that are tried at some values; gradients move the others."""
-        return self.mask(lambda h: h.tried)
+    def rate(self) -> Tensor:
+        """Booleans of shape (n,): the coordinate of the learning rate, if there is one."""
+        return self.mask(lambda h: h.is_rate)
 
     @property
-    def descended(self) -> Space:
-        """Without what is tried."""
-        return Space(tuple(h for h in self.hyperparameters if not h.tried))
+    def without_rate(self) -> Space:
+        """What gradients move."""
+        return Space(tuple(h for h in self.hyperparameters if not h.is_rate))
 
     def clip(self, lam: Tensor) -> Tensor:
         """λ (..., n) moved into its box."""

@@ -45,8 +45,8 @@ def screen(task: Task) -> Tensor | None:
     """
     space, folds, objective, current, _ = task
     log = space.log
-    line = space.quantile(np.array(_LINE)[:, None].repeat(space.n, axis=1)) if log.any() else current.repeat(0, 1)
-    quarter = space.quantile(np.full((1, space.n), 0.25))
+    line = _at_quantiles(space, _LINE) if log.any() else current.repeat(0, 1)
+    quarter = _at_quantiles(space, (0.25,))
     as_they_are = torch.where(log, line, current)
     up = torch.where(log, line[1:3], quarter) if log.any() else quarter
     settings = torch.cat([as_they_are, current[None], up])
@@ -79,44 +79,65 @@ def screen_rate(task: Task) -> Tensor:
     it and its neighbours. They are trained as in :func:`screen`, on as many folds as is cheap. Where that is none, it is one, without
     the second of the three, from the own learning rate upwards, and downwards if that was no better, until the loss rises.
 
-    Warns, and keeps the own one, where such a training would not be that of a fit.
+    Warns, and keeps the own one, where such a training would not be that of a fit. Raises ValueError if every one diverges.
     """
     space, folds, objective, current, _ = task
-    if not (tried := space.tried).any():
+    if not space.rate.any():
         return current
-
-    def quantiles(q: tuple[float, ...]) -> Tensor:
-        return space.quantile(np.array(q)[:, None].repeat(space.n, axis=1))
-
-    rates, own = quantiles(_RATES)[:, tried], current[None, tried]
-    rates = (
-        torch.cat([rates[(rates - own).abs() > _APART * rates.diff(dim=0).min()][:, None], own]).sort(dim=0).values
-    )  # (R, 1)
-    half, quarter = quantiles((0.5, 0.25))
-    others = torch.stack([current, torch.where(space.log, half, current), torch.where(space.log, half, quarter)])
-    settings = others[:, None].repeat(1, len(rates), 1)  # (3, R, n)
-    settings[..., tried] = rates
+    rates, others = _rates(space, current), _others(space, current)
+    settings = others[:, None].repeat(1, len(rates), 1)  # (up to 3, R, n)
+    settings[..., space.rate] = rates[:, None]
     affordable = _SCREENED // (settings[..., 0].numel() * objective.cost) if objective.stacked else 0
     losses = _screening(task._replace(folds=folds[:affordable]))(settings.flatten(0, 1)) if affordable else None
     if losses is None:
-        settings, loss_of = settings[::2], _screening(task._replace(folds=folds[:1]))
-        losses = _climbed(lambda row, i: loss_of(settings[row, i, None]), int((rates < own).sum()), settings.shape[:2])
+        settings, loss_of = settings[[0, -1]], _screening(task._replace(folds=folds[:1]))
+        own = int((rates < current[space.rate]).sum())
+        losses = _climbed(lambda row, i: loss_of(settings[row, i, None]), own, settings.shape[:2])
     if losses is None:
         warnings.warn(
-            f"The learning rate is left at {folds[0].net.get_params()['lr']:g}: trainings to compare others would not be those of fits. A function of yours "
-            "changes from call to call, an optimizer has a hook, or the model is too large.",
+            f"The learning rate is left at {_rate_of(space, current):g}: trainings to compare others would not be those of fits. A function of yours "
+            "changes from call to call, weights have a hook, or the model is too large.",
             UserWarning,
             stacklevel=2,
         )
         return current
     losses = losses.view(len(settings), -1)
+    if not losses.isfinite().any():
+        low, high = (_rate_of(space, settings[0, i]) for i in (0, -1))
+        raise ValueError(
+            f"Trainings with learning rates from {low:.2g} to {high:.2g} all diverge: give smaller ones, or scale X."
+        )
     losses = losses[int(losses.amin(dim=1).argmin())]
     best = int(losses.argmin())
-    found, around = rates[best, 0], losses[max(best - 1, 0) : best + 2]
+    found, around = rates[best], losses[max(best - 1, 0) : best + 2]
     if 0 < best < len(rates) - 1 and (around.isfinite() & (around > 0)).all():
-        a, b, _ = np.polyfit(rates[best - 1 : best + 2, 0], around.log(), 2)
+        a, b, _ = np.polyfit(rates[best - 1 : best + 2], around.log(), 2)
         found = -b / (2 * a)
-    return torch.where(tried, found, current)
+    return torch.where(space.rate, found, current)
+
+
+def _rates(space: Space, current: Tensor) -> Tensor:
+    """The coordinate of the learning rates to try, rising: the estimator's own, and quantiles that are not near it."""
+    spread, own = _at_quantiles(space, _RATES)[:, space.rate].flatten(), current[space.rate]
+    return torch.cat([spread[(spread - own).abs() > _APART * spread.diff().min()], own]).sort().values
+
+
+def _others(space: Space, current: Tensor) -> Tensor:
+    """Settings to try them with (1 to 3, n), from weak to strong regularisation; those that are equal once."""
+    half, quarter = _at_quantiles(space, (0.5, 0.25))
+    log, rate = space.log, space.rate
+    rows = [current, torch.where(log, half, current), torch.where(log, half, quarter)]
+    rows = [torch.where(rate, current, row) for row in rows]
+    return torch.stack([row for i, row in enumerate(rows) if not any(torch.equal(row, other) for other in rows[:i])])
+
+
+def _at_quantiles(space: Space, q: tuple[float, ...]) -> Tensor:
+    """All hyperparameters at the same quantile of theirs, (len(q), n)."""
+    return space.quantile(np.array(q)[:, None].repeat(space.n, axis=1))
+
+
+def _rate_of(space: Space, lam: Tensor) -> float:
+    return float(next(space.decode(lam)[h.name] for h in space.hyperparameters if h.is_rate))
 
 
 def _climbed(loss_of: Callable[[int, int], Tensor | None], begin: int, shape: torch.Size) -> Tensor | None:
@@ -160,7 +181,7 @@ def out_of_corners(space: Space, current: Tensor) -> Tensor:
     Far down on a logarithmic axis the loss is flat, and a gradient does not lead out of there: such a hyperparameter starts
     at a third of the way up its distribution.
     """
-    third = space.quantile(np.full((1, space.n), _THIRD))[0]
+    (third,) = _at_quantiles(space, (_THIRD,))
     low, high = (torch.isclose(current, bound, rtol=0.0, atol=_ROUNDING) for bound in (space.low, space.high))
     return torch.where(space.log & (low | high), third, current)
 
@@ -171,7 +192,7 @@ def restarts(space: Space, constant: Tensor) -> Iterator[Tensor]:
     Logarithmic hyperparameters above their distribution's quantile 1/3 move half way towards it, the others half way towards quantile 1/9
     (never upwards); and then the same again.
     """
-    third, ninth = space.quantile(np.array([[_THIRD], [_THIRD**2]]).repeat(space.n, axis=1))
+    third, ninth = _at_quantiles(space, (_THIRD, _THIRD**2))
     for _ in range(_RESTARTS if space.log.any() else 0):
         weaker = torch.where(constant > third, third, torch.minimum(ninth, constant))
         constant = torch.where(space.log, (constant + weaker) / 2, constant)

@@ -30,19 +30,19 @@ class Task(NamedTuple):
     current: Tensor
     seed: int
 
-    def at(self, lam: Tensor) -> Task:
+    def with_rate(self, lam: Tensor) -> Task:
         """What is left to gradients: the nets have the learning rate of λ (n,), if one is searched for, and the space lacks it."""
-        if not (tried := self.space.tried).any():
+        if not (rate := self.space.rate).any():
             return self
         params = self.space.decode(lam)
-        rate = {h.own: params[h.name] for h in self.space.hyperparameters if h.tried}
-        folds = [replace(fold, net=copy.copy(fold.net).set_params(**rate)) for fold in self.folds]
-        return self._replace(space=self.space.descended, folds=folds, current=self.current[~tried])
+        own = {h.own: params[h.name] for h in self.space.hyperparameters if h.is_rate}
+        folds = [replace(fold, net=copy.copy(fold.net).set_params(**own)) for fold in self.folds]
+        return self._replace(space=self.space.without_rate, folds=folds, current=self.current[~rate])
 
-    def whole(self, descended: Tensor, at: Tensor) -> Tensor:
-        """λ of the space of :meth:`at` → λ (n,), with the learning rate of ``at`` (n,)."""
-        lam = at.clone()
-        lam[~self.space.tried] = descended
+    def insert_rate(self, others: Tensor, rate_of: Tensor) -> Tensor:
+        """λ without the learning rate → λ (n,) with that of ``rate_of`` (n,)."""
+        lam = rate_of.clone()
+        lam[~self.space.rate] = others
         return lam
 
 

@@ -34,11 +34,11 @@ _GRAINS: dict[str, tuple[Grain | None, ...]] = {
 
 
 def of_net(net: Net, space: Space) -> Space:
-    """The same space as the net has it: with one value for each training row where a hyperparameter means that, and with what is tried."""
+    """The same space as the net has it: with one value for each training row where a hyperparameter means that, and with its learning rate."""
 
     def as_it_is(h: Hyperparameter) -> Hyperparameter:
         of_rows = h.grain is None and net.loss_names.get(h.own) == "sample_weight"
-        return replace(h, grain="row" if of_rows else h.grain, tried=h.own in net.tried_names)
+        return replace(h, grain="row" if of_rows else h.grain, is_rate=h.own == net.rate_name)
 
     return Space(tuple(map(as_it_is, space.hyperparameters)))
 
@@ -145,22 +145,15 @@ def check_names(net: Net, space: Space) -> None:
             )
         if own.startswith(("module__", "penalty__", "augment__")):
             continue
-        if h.tried:
-            others = [other for other in space.hyperparameters if not other.tried]
-            if not others or any(other.grain == "row" for other in others):
-                beside = "alone" if not others else "beside a weight for each row"
-                raise ValueError(f"{where}: {beside} it is not searched for here: give it to {OUTER}.")
-            if h.support[0] < 0 or not math.isfinite(h.support[1]):
-                raise ValueError(
-                    f"{where}: the range [{h.support[0]:g}, {h.support[1]:g}] of a learning rate: write loguniform(low, high)."
-                )
+        if h.is_rate:
+            _check_rate(h, space.without_rate)
             continue
         if own not in net.loss_names:
             raise ValueError(
                 f"{where}: {own!r} does not change the loss that training minimises, so there is no gradient to follow "
                 "(Lorraine & Duvenaud 2018, section 2.2). Set it on the estimator, or give it to "
                 f"{OUTER}. By gradient: {sorted(net.loss_names)}, {'the keywords of penalty and augment, ' * ('augment' in net.get_params())}"
-                f"and the dropout rates among module__…{'; and by trying some values: lr' * bool(net.tried_names)}."
+                f"and the dropout rates among module__…{f'; and by trying some values: {net.rate_name}' if net.rate_name else ''}."
             )
         if reason := net._why_not(own):
             raise ValueError(f"{where}: {reason}.")
@@ -169,6 +162,24 @@ def check_names(net: Net, space: Space) -> None:
             raise ValueError(
                 f"{where}: the range [{h.support[0]:g}, {h.support[1]:g}]{_ends(h)} must lie in [{low:g}, {high:g}]."
             )
+
+
+def _check_rate(h: Hyperparameter, others: Space) -> None:
+    """Refuse a learning rate that cannot be tried."""
+    where, (low, high) = f"param_distributions[{h.name!r}]", h.support
+    if not others.hyperparameters:
+        raise ValueError(
+            f"{where}: the search is for hyperparameters of the loss, with the learning rate beside them. Put one there, such as "
+            f"{h.prefix}weight_decay, or give the learning rate alone to {OUTER}."
+        )
+    if any(other.grain == "row" for other in others.hyperparameters):
+        raise ValueError(
+            f"{where}: learning rates are not tried beside a weight for each row. Set it on the estimator, or give it to {OUTER}."
+        )
+    if low < 0 or not math.isfinite(high):
+        raise ValueError(
+            f"{where}: the range [{low:g}, {high:g}] has learning rates that are negative or infinite; write loguniform(low, high)."
+        )
 
 
 def find_reaches(net: Net, space: Space) -> dict[str, list[Reach]]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose
-from scipy.stats import loguniform, norm, uniform
+from scipy.stats import lognorm, loguniform, norm, uniform
 from sklearn.base import clone
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -30,19 +30,21 @@ def search(net=NET, space=SPACE, **params) -> HyperTrainingSearchCV:
 def screened(iris, monkeypatch):
     """The learning rate that is found where validation losses are ``loss`` of (lr, weight_decay), and the stacks that were trained for it."""
 
-    def run(loss, net=NET, space=SPACE, **params):
-        task = Keeping(clone(net).set_params(max_epochs=1, **params), space, cv=3, random_state=0).fit(*iris).task
-        stacks = []
+    def run(loss, net=NET, space=SPACE, cv=3, seen=None, **params):
+        task = Keeping(clone(net).set_params(max_epochs=1, **params), space, cv=cv, random_state=0).fit(*iris).task
+        stacks, settings = [], [] if seen is None else seen
 
         def losses(self, folds):
             values = self.space.values(self.lam)
             stacks.append((len(folds), values["lr"].numpy().round(6).tolist()))
+            settings.extend(self.space.decode(lam) | {"seed": self.seed} for lam in self.lam)
             return loss(values["lr"], values["weight_decay"]).double()
 
         with monkeypatch.context() as patch:
             patch.setattr(Retrained, "validation_losses", losses)
             lam = screen_rate(task)
-        assert_allclose(lam[~task.space.tried], task.current[~task.space.tried])
+        assert {fold.net.lr for fold in task.folds} == {task.folds[0].net.lr}
+        assert_allclose(lam[~task.space.rate], task.current[~task.space.rate])
         return task.space.decode(lam)["lr"], stacks
 
     return run
@@ -66,6 +68,38 @@ def test_the_estimators_own_and_five_quantiles_are_tried_in_one_stack(screened):
         assert_allclose(sorted(set(rates)), sorted([*QUANTILES[[0, 1, 3, 4]], lr]), atol=1e-6)
 
 
+def test_they_are_tried_with_weak_and_with_strong_regularisation(screened):
+    """As they are; logarithmic ones at their medians; the rest at quantile 0.25 too. On as many folds as is cheap; larger models without the second."""
+    own = {"weight_decay": 1e-6, "module__dropout": 0.1}
+    median, strong = own | {"weight_decay": loguniform(1e-6, 1e1).median()}, {"module__dropout": 0.125}
+    for wide, cv, rows, (folds, size) in [
+        ({}, 3, [own, median, median | strong], (3, 15)),
+        (
+            {"module": MLP(hidden=(110, 110), dropout=0.1)},
+            4,
+            [own, median, median | strong],
+            (3, 15),
+        ),  # 12,870 x 15 x 3 < 600,000
+        ({"module": MLP(hidden=(400, 400), dropout=0.1)}, 3, [own, median | strong], (1, 1)),
+    ]:
+        seen = []
+        _, stacks = screened(parabola(0.006), cv=cv, seen=seen, lr=3e-3, random_state=None, **wide)
+        found = [{name: one[name] for name in own} for one in seen]
+        assert stacks[0][0] == folds
+        assert len(stacks[0][1]) == size
+        assert [one for i, one in enumerate(found) if i == 0 or one != found[i - 1]] == [
+            pytest.approx(row) for row in rows
+        ]
+        assert len({one["seed"] for one in seen}) == 1  # all from the same initial weights
+    assert (
+        len(screened(parabola(0.006), space={name: SPACE[name] for name in ("weight_decay", "lr")})[1][0][1]) == 2 * 5
+    )
+    assert (
+        len(screened(parabola(0.006), space={name: SPACE[name] for name in ("module__dropout", "lr")})[1][0][1])
+        == 2 * 5
+    )
+
+
 def test_the_best_of_all_losses_tells(screened):
     """Of those with a weight decay, if they are better with their learning rate than the others with theirs."""
 
@@ -82,7 +116,11 @@ def test_at_an_end_and_beside_what_diverged_it_is_the_best_itself(screened):
     assert screened(lambda lr, wd: torch.where(lr > 0.011, torch.inf, parabola(0.02)(lr, wd)), lr=0.01)[
         0
     ] == pytest.approx(0.01)
-    assert screened(lambda lr, wd: torch.full_like(lr, torch.inf))[0] in {*QUANTILES, 1e-3}
+    negative = screened(lambda lr, wd: (lr / 0.02).log() ** 2 - 5)[0]  # as a criterion may be
+    assert negative == pytest.approx(QUANTILES[3])
+    for wide in ({}, {"module": MLP(hidden=(400, 400))}):
+        with pytest.raises(ValueError, match=r"learning rates from 0.0002 to 0.05 all diverge: give smaller ones"):
+            screened(lambda lr, wd: torch.full_like(lr, torch.inf), **wide)
 
 
 def test_larger_models_climb_from_their_own_on_one_fold(screened):
@@ -142,7 +180,10 @@ def test_the_response_is_that_of_one_learning_rate(iris):
     response = found.best_response_
     assert "lr" not in response.params
     assert response.estimator_at().lr == found.history_["lr"]
-    with pytest.raises(ValueError, match="'lr'"):
+    with pytest.raises(
+        ValueError,
+        match=r"'lr': this best response is a function of \['weight_decay', 'module__dropout'\] at one learning rate",
+    ):
         response.validation_loss({"lr": 0.01})
     lam, losses = response.verified  # of the candidates with this rate alone: not the estimator's own
     given = [name for name in ("tuned", "middle", "start") if name in found.cv_results_["candidate"]]
@@ -210,25 +251,79 @@ def test_it_stays_where_short_trainings_would_not_be_those_of_fits(iris):
             self.calls += 1
             return 1e-6 * self.calls * sum(w.square().sum() for w in weights.values())
 
-    with pytest.warns(UserWarning, match="learning rate is left at 0.002"):
-        found = search(clone(NET).set_params(penalty=Counting(), lr=0.002)).fit(*iris)
-    assert_allclose([params["lr"] for params in found.cv_results_["params"]], 0.002)
+    for lr, kept in ((0.002, 0.002), (0.5, 0.1)):  # inside the range
+        with pytest.warns(UserWarning, match=f"learning rate is left at {kept}: .*calls? to call"):
+            found = search(clone(NET).set_params(penalty=Counting(), lr=lr)).fit(*iris)
+        assert_allclose([params["lr"] for params in found.cv_results_["params"]], kept)
+        assert found.history_["lr"] == pytest.approx(kept)
+
+
+class Normed(torch.optim.SGD):
+    """Looks at all weights at once."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad /= p.grad.norm() + 1e-12
+        return super().step(closure)
+
+
+def test_it_is_found_for_an_optimizer_that_couples_weights(iris):
+    found = search(clone(NET).set_params(optimizer=Normed, lr=1e-4)).fit(*iris)
+    assert found.history_["lr"] > 1e-3
+
+
+def test_larger_models_have_no_candidates_of_other_learning_rates(iris):
+    net = clone(NET).set_params(module=MLP(hidden=(200, 200)), max_epochs=2)
+    assert {*search(net).fit(*iris).cv_results_["candidate"]} <= {"tuned", "middle", "start", "own"}
+    wide = search(clone(net).set_params(module=model_factory(normed_wide))).fit(*iris)
+    assert {*wide.cv_results_["candidate"]} <= {"tuned", "middle", "start", "own", "stronger"}
+
+
+def normed_wide(n_features_in, n_outputs, *, dropout=0.1):
+    return nn.Sequential(
+        nn.Linear(n_features_in, 200),
+        nn.BatchNorm1d(200),
+        nn.ReLU(),
+        nn.Linear(200, 200),
+        nn.Dropout(dropout),
+        nn.Linear(200, n_outputs),
+    )
+
+
+def test_a_study_of_a_search_whose_space_was_changed_since(iris):
+    found = search().fit(*iris)
+    found.set_params(param_distributions={"l1": loguniform(1e-6, 1)})
+    assert {*to_study(found).best_params} == {"weight_decay", "module__dropout"}
 
 
 @pytest.mark.usefixtures("no_training")
 @pytest.mark.parametrize(
     ("space", "params", "message"),
     [
-        ({"lr": loguniform(1e-4, 1e-1)}, {}, r"\['lr'\]: alone it is not searched for here.*outer search"),
+        (
+            {"lr": loguniform(1e-4, 1e-1)},
+            {},
+            r"\['lr'\].*such as weight_decay, or give the learning rate alone to .*outer search",
+        ),
+        (
+            SPACE | {"lr": lognorm(1)},
+            {},
+            r"\['lr'\]: the range \[0, inf\] has learning rates that are negative or infinite",
+        ),
         (SPACE, {"start": "estimator"}, r"\['lr'\].*needs start='screened'.*got start='estimator'"),
         (
             SPACE,
             {"evaluate": "hypernetwork"},
             r"\['lr'\].*evaluate='retrain'.*got start='screened' and evaluate='hypernetwork'",
         ),
-        (SPACE | {"lr": norm(0, 1)}, {}, r"\['lr'\]: the range \[-inf, inf\] of a learning rate.*loguniform"),
-        (SPACE | {"lr": uniform(-1, 2)}, {}, r"\['lr'\]: the range \[-1, 1\] of a learning rate"),
-        ({"sample_weight": uniform(0, 2), "lr": loguniform(1e-4, 1e-1)}, {}, r"\['lr'\]: beside a weight for each row"),
+        (SPACE | {"lr": norm(0, 1)}, {}, r"\['lr'\]: the range \[-inf, inf\] has .*loguniform"),
+        (SPACE | {"lr": uniform(-1, 2)}, {}, r"\['lr'\]: the range \[-1, 1\] has"),
+        (
+            {"sample_weight": uniform(0, 2), "lr": loguniform(1e-4, 1e-1)},
+            {},
+            r"\['lr'\].*not tried beside a weight for each row",
+        ),
     ],
 )
 def test_what_cannot_be_searched_for_is_refused(iris, space, params, message):

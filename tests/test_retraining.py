@@ -410,7 +410,7 @@ def test_settings_of_several_learning_rates_are_single_fits_in_one_stack(iris, o
 
 
 def test_an_optimizer_that_looks_at_all_weights_trains_one_model(iris):
-    """Not several together; but a short training for comparison is of one."""
+    """Not several together, of settings or of folds; but a short training for comparison is of one."""
 
     class Normed(torch.optim.SGD):
         def step(self, closure=None):
@@ -425,6 +425,7 @@ def test_an_optimizer_that_looks_at_all_weights_trains_one_model(iris):
     settings = [{"lr": lr, "weight_decay": 1e-3} for lr in (0.02, 0.05)]
     lam = torch.stack([task.space.encode(one) for one in settings])
     assert retrain(task, lam) is None
+    assert retrain(task, lam[:1]) is None
     train, _ = next(StratifiedKFold(3).split(X, y))
     for one, setting in zip(lam, settings, strict=True):
         curve = retrain(task._replace(folds=task.folds[:1]), one[None]).curves[0, 0]
