@@ -38,7 +38,7 @@ def screened(iris, monkeypatch):
             values = self.space.values(self.lam)
             stacks.append((len(folds), values["lr"].numpy().round(6).tolist()))
             settings.extend(self.space.decode(lam) | {"seed": self.seed} for lam in self.lam)
-            return loss(values["lr"], values["weight_decay"]).double()
+            return loss(values["lr"], values.get("weight_decay", values["lr"])).double()
 
         with monkeypatch.context() as patch:
             patch.setattr(Retrained, "validation_losses", losses)
