@@ -76,9 +76,9 @@ def fight(
 
 
 def redraw(results: Path, docs: Path) -> None:
-    """``docs/arena.png`` from the committed rows, and their summary, without rerunning anything."""
-    rows = json.loads((results / "arena.json").read_text())["rows"]
-    print(summary(rows))
+    """``docs/arena.png`` from the committed rows, and their summary and that of the problems with a learning rate, without rerunning anything."""
+    rows, with_rates = (json.loads((results / f"{name}.json").read_text())["rows"] for name in ("arena", "arena-lr"))
+    print(f"{summary(rows)}\n\n{summary(with_rates)}")
     report.multiples(rows, docs / "arena.png")
 
 

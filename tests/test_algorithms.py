@@ -278,6 +278,7 @@ def test_sigma_to_zero_is_algorithm_4(ridge: Ridge):
     assert_close(paths[1], paths[0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_response_of_many_hyperparameters_is_stable_under_momentum(ridge: Ridge):
     """Where SGD's steps along one random ε, with momentum, would not be."""
     lam_hat = torch.full((8,), -1.0, dtype=torch.float64)

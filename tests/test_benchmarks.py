@@ -137,6 +137,7 @@ def test_the_summary_counts_ranks_wins_and_matches():
     assert "0.1010 ± 0.0006*" in lines["a"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(TorchClassifier, "set_callbacks"), reason="scikit-learn before 1.9")
 def test_early_stopping_is_chosen_on_validation_rows_and_the_last_fit_is_stopped_there():
     from benchmarks import problems, solvers

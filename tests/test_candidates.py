@@ -121,6 +121,7 @@ def test_of_models_that_cost_time_nothing_more_is_retrained(verified):
     assert verified(away(-5.0), net=large.set_params(module=MLP(hidden=(130, 130))))[1] == [5, 4]  # 3 × 18,073
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("best", "more"), [(-7.05, -5.5), (2.0, -5.5), (-7.55, -6.0), (-8.1, -6.5), (-13.0, -11.5)])
 def test_with_batchnorm_the_best_of_large_models_is_tried_with_stronger_penalties(verified, best, more):
     """Once: it is a fit on every fold."""

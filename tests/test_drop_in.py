@@ -228,6 +228,7 @@ def test_callbacks_see_every_epoch_and_every_retraining(iris):
         }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not hasattr(HyperTrainingSearchCV, "set_callbacks"), reason="scikit-learn before 1.9 has no callbacks"
 )
@@ -325,6 +326,7 @@ def test_it_goes_where_a_grid_search_goes(iris):
     assert travelled.best_response_.validation_loss() == over.best_response_.validation_loss()
 
 
+@pytest.mark.slow
 def test_a_lambda_factory_reaches_worker_processes_and_travels_by_cloudpickle(iris):
     X, y = iris
     net = TorchClassifier(lambda n, m: nn.Linear(n, m), max_epochs=2, random_state=0)

@@ -97,6 +97,7 @@ def test_models_of_different_attention_dropout_have_the_noise_that_each_has_alon
         assert_close(together[m], stacked.outputs(stacked.named(w[:1]), x[None], {"dropout": rate}, training=True)[0])
 
 
+@pytest.mark.slow
 def test_a_transformer_with_one_dropout_for_all_is_tuned_with_all_folds_in_one_pass(used):
     rng = np.random.default_rng(0)
     X = rng.normal(size=(60, 4, 2))

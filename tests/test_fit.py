@@ -105,6 +105,7 @@ def test_a_default_device_of_the_callers_does_not_matter(iris, algorithm):
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(OLD, reason="needs a package more")
 def test_tensors_are_taken_where_scikit_learn_dispatches_arrays():
     """scipy wants to know before it is imported."""

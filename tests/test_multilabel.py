@@ -72,6 +72,7 @@ def test_other_criteria(labelled, criterion):
     assert roc_auc_score(Y, P) > 0.8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("smoothing", [False, True])
 def test_the_search_tunes_it_and_its_scores_are_those_of_fits_of_their_own(labelled, smoothing):
     X, Y = labelled

@@ -138,6 +138,7 @@ def test_larger_models_climb_from_their_own_on_one_fold(screened):
     assert_allclose([rates[0] for _, rates in stacks], 2 * [1e-3, QUANTILES[0]], atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("lr", "share"), [(1e-4, 0.5), (0.1, 1.01)])
 def test_a_learning_rate_far_off_is_mended(digits, lr, share):
     """Given to the search it is found, from either side; kept, a small one is far behind."""
@@ -200,6 +201,7 @@ def test_where_the_learning_rate_was_right_all_candidates_tell_how_far_the_respo
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["global", "implicit", "unrolled"])
 def test_other_algorithms_train_with_it(iris, algorithm):
     space = {"weight_decay": loguniform(1e-6, 1e1), "lr": loguniform(1e-4, 1e-1)}
@@ -226,6 +228,7 @@ class Branching(nn.Module):
         return self.layers(x) if float(x.sum()) > -1e9 else x
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The folds are trained one after the other")
 @pytest.mark.parametrize("module", [normed, Branching])
 def test_other_modules(iris, module):
@@ -240,6 +243,7 @@ def test_a_space_on_a_linear_axis(iris):
     assert {"lr / 2", "lr x 2"} & {*found.cv_results_["candidate"]}
 
 
+@pytest.mark.slow
 def test_it_stays_where_short_trainings_would_not_be_those_of_fits(iris):
     """A penalty that counts its calls, of all settings."""
 
@@ -268,11 +272,13 @@ class Normed(torch.optim.SGD):
         return super().step(closure)
 
 
+@pytest.mark.slow
 def test_it_is_found_for_an_optimizer_that_couples_weights(iris):
     found = search(clone(NET).set_params(optimizer=Normed, lr=1e-4)).fit(*iris)
     assert found.history_["lr"] > 1e-3
 
 
+@pytest.mark.slow
 def test_larger_models_have_no_candidates_of_other_learning_rates(iris):
     net = clone(NET).set_params(module=MLP(hidden=(200, 200)), max_epochs=2)
     assert {*search(net).fit(*iris).cv_results_["candidate"]} <= {"tuned", "middle", "start", "own"}
@@ -336,6 +342,7 @@ def test_check_hypergradient_says_to_leave_it_out(iris):
         check_hypergradient(search(), *iris)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_learning_rate(iris):
     X, y = iris
     one, other = (search().fit(X, y) for _ in range(2))

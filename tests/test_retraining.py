@@ -192,6 +192,7 @@ class Normed(nn.Sequential):
         super().__init__(nn.Linear(n, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, m))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [16, 1024])  # 1024: folds of 67, 66 and 67 rows are groups of their own
 def test_running_statistics_are_those_of_single_fits(iris, used, batch_size):
     X, y = iris[0][50:], iris[1][50:]

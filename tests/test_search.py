@@ -140,6 +140,7 @@ def test_regression_weights_and_optuna_distributions():
     assert weighted.best_response_.params != found.best_response_.params
 
 
+@pytest.mark.slow
 def test_a_module_that_cannot_be_stacked_is_tuned_one_fold_after_the_other(iris):
     class Branching(nn.Module):
         def __init__(self, n: int, m: int):

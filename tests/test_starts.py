@@ -134,6 +134,7 @@ class Branching(nn.Module):
         return self.out(self.norm(self.hidden(x).relu())) if x.isfinite().all() else x
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The folds are trained one after the other")
 @pytest.mark.parametrize(("module", "n"), [(Normed, 2), (Branching, 1)])
 def test_with_batchnorm_a_line_is_screened_on_one_fold_at_any_size(iris, monkeypatch, module, n):

@@ -122,6 +122,7 @@ def test_a_held_preconditioner_is_curbed_by_the_size_of_the_rows_of_the_hessian(
     assert_close(Dynamics.of(exact.hypernetwork, sgd, lambda: rows).s, torch.full((1, 8), 5.0).double())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_forward_mode_carries_the_tangent_of_the_training_itself(exact: Exact, momentum: float):
     hypernetwork = Linear().build(torch.zeros(1, 8, dtype=torch.float64), exact.lam, Layout(torch.arange(8)))
