@@ -103,9 +103,8 @@ def screen_rate(task: Task) -> Tensor:
         return current
     losses = losses.view(len(settings), -1)
     if not losses.isfinite().any():
-        low, high = (_rate_of(space, settings[0, i]) for i in (0, -1))
         raise ValueError(
-            f"Trainings with learning rates from {low:.2g} to {high:.2g} all diverge: give smaller ones, or scale X."
+            f"Trainings with learning rates from {_rate_of(space, settings[0, 0]):.2g} upwards all diverge: give smaller ones, or scale X."
         )
     losses = losses[int(losses.amin(dim=1).argmin())]
     best = int(losses.argmin())

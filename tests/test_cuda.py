@@ -16,6 +16,7 @@ import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy.stats import loguniform, uniform
+from sklearn.base import clone
 from sklearn.model_selection import cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -74,6 +75,17 @@ def test_a_search_is_that_of_the_cpu(iris, algorithm: str):
     for name, value in on["cpu"].best_params_.items():
         assert on["cuda"].best_params_[name] == pytest.approx(value, rel=0.02)
     assert_array_equal(on["cuda"].predict(X), on["cpu"].predict(X))
+
+
+@pytest.mark.parametrize("hidden", [(16,), (400, 400)])
+def test_a_learning_rate_is_that_of_the_cpu(iris, hidden: tuple[int, ...]):
+    """In one stack, and one after the other."""
+    space = {"lr": loguniform(1e-4, 1e-1), "weight_decay": loguniform(1e-5, 1e1)}
+    net = classifier(module=MLP(hidden=hidden), dtype="float64", lr=1e-3, max_epochs=5)
+    on = {device: search(clone(net).set_params(device=device), space).fit(*iris) for device in ("cpu", "cuda")}
+    assert on["cuda"].history_["lr"] == pytest.approx(on["cpu"].history_["lr"], rel=1e-3)
+    assert {*on["cuda"].cv_results_["candidate"]} == {*on["cpu"].cv_results_["candidate"]}
+    assert_allclose(on["cuda"].cv_results_["mean_test_score"], on["cpu"].cv_results_["mean_test_score"], atol=0.02)
 
 
 @pytest.mark.parametrize("per", [per_layer, per_unit, per_weight, per_feature])
