@@ -73,14 +73,18 @@ class Retrained:
     seed: int
 
     def validation_losses(self, folds: list[Fold]) -> Tensor:
-        """Mean over folds of L_Valid of each setting on all validation rows, (C,); infinite where a model is not finite."""
+        """Mean over folds of :meth:`fold_losses`, (C,)."""
+        return self.fold_losses(folds).mean(dim=0)
+
+    def fold_losses(self, folds: list[Fold]) -> Tensor:
+        """L_Valid of each setting on all validation rows of each fold, (K, C); infinite where a model is not finite."""
         losses = torch.stack(
             [
                 self.objective.full_valid_loss(torch.from_numpy(w).to(fold.valid.x), fold.valid, k)
                 for k, (w, fold) in enumerate(zip(self.weights, folds, strict=True))
             ]
         )
-        return losses.mean(dim=0).nan_to_num(nan=math.inf, posinf=math.inf).cpu()
+        return losses.nan_to_num(nan=math.inf, posinf=math.inf).cpu()
 
     def fit_known(self, net: TorchEstimator, rows: Rows) -> bool:
         """Fit the estimator by what is known, if its setting and its rows are; says whether it did."""

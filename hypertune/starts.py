@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from hypertune.batches import Minibatches
+from hypertune.folds import Fold
 from hypertune.hyperprior import vertex
-from hypertune.retraining import retrain
+from hypertune.retraining import Retrained, retrain
 from hypertune.space import Space
 from hypertune.task import Task
 
@@ -55,11 +56,12 @@ def screen(task: Task) -> Tensor | None:
         settings, affordable = settings[: len(line) + 1], 1
     if not affordable:
         return None
-    losses_of = _screening(task._replace(folds=folds[:affordable]))
-    screened = [losses_of(some) for some in ([settings] if objective.stacked else settings.split(1))]
-    if any(some is None for some in screened):
+    train, folds = _screening(task._replace(folds=folds[:affordable])), folds[:affordable]
+    found = [train(some) for some in ([settings] if objective.stacked else settings.split(1))]
+    screened = [trained.validation_losses(folds) for trained in found if trained is not None]
+    if len(screened) < len(found):
         return None
-    losses = torch.cat(screened)  # type: ignore[arg-type]
+    losses = torch.cat(screened)
     best = int(losses.argmin())
     if best == len(line) and (near := (losses[:best] <= _NEARLY * losses[best]).nonzero()).numel():
         return settings[near[-1, 0]]
@@ -78,6 +80,7 @@ def screen_rate(task: Task) -> Tensor:
     logarithmic ones at their medians, and with the rest at quantile 0.25, too: the least of all losses tells, or the vertex of the parabola through
     it and its neighbours. They are trained as in :func:`screen`, on as many folds as is cheap. Where that is none, it is one, without
     the second of the three, from the own learning rate upwards, and downwards if that was no better, until the loss rises.
+    On several folds the own one is kept unless the best of the others is better by more than one standard error over folds.
 
     Warns, and keeps the own one, where such a training would not be that of a fit. Raises ValueError if every one diverges.
     """
@@ -88,12 +91,14 @@ def screen_rate(task: Task) -> Tensor:
     settings = others[:, None].repeat(1, len(rates), 1)  # (up to 3, R, n)
     settings[..., space.rate] = rates[:, None]
     affordable = _SCREENED // (settings[..., 0].numel() * objective.cost) if objective.stacked else 0
-    losses = _screening(task._replace(folds=folds[:affordable]))(settings.flatten(0, 1)) if affordable else None
-    if losses is None:
-        settings, loss_of = settings[[0, -1]], _screening(task._replace(folds=folds[:1]))
-        own = int((rates < current[space.rate]).sum())
-        losses = _climbed(lambda row, i: loss_of(settings[row, i, None]), own, settings.shape[:2])
-    if losses is None:
+    own, few = int((rates < current[space.rate]).sum()), folds[: max(affordable, 1)]
+    train = _screening(task._replace(folds=few))
+    if affordable and (trained := train(settings.flatten(0, 1))) is not None:
+        each: Tensor | None = trained.fold_losses(few).view(len(few), *settings.shape[:2])
+    else:
+        settings = settings[[0, -1]] if len(settings) > 1 else settings
+        each = _climbed(_screening(task._replace(folds=folds[:1])), folds[:1], settings, own)
+    if each is None:
         warnings.warn(
             f"The learning rate is left at {_rate_of(space, current):g}: trainings to compare others would not be those of fits. A function of yours "
             "changes from call to call, weights have a hook, or the model is too large.",
@@ -101,17 +106,21 @@ def screen_rate(task: Task) -> Tensor:
             stacklevel=2,
         )
         return current
-    losses = losses.view(len(settings), -1)
+    losses = each.mean(dim=0)
     if not losses.isfinite().any():
         raise ValueError(
             f"Trainings with learning rates from {_rate_of(space, settings[0, 0]):.2g} upwards all diverge: give smaller ones, or scale X."
         )
-    losses = losses[int(losses.amin(dim=1).argmin())]
-    best = int(losses.argmin())
+    row, best = divmod(int(losses.argmin()), len(rates))
+    gain = each[:, int(losses[:, own].argmin()), own] - each[:, row, best]
+    if best != own and len(gain) > 1 and float(gain.mean()) <= float(gain.std()) / math.sqrt(len(gain)):
+        return current
+    losses = losses[row]
     found, around = rates[best], losses[max(best - 1, 0) : best + 2]
     if 0 < best < len(rates) - 1 and (around.isfinite() & (around > 0)).all():
-        a, b, _ = np.polyfit(rates[best - 1 : best + 2], around.log(), 2)
-        found = -b / (2 * a)
+        a, b, _ = np.polyfit(rates[best - 1 : best + 2], around.double().log(), 2)
+        if a > 0:
+            found = torch.tensor(-b / (2 * a), device="cpu").clamp(rates[best - 1], rates[best + 1])
     return torch.where(space.rate, found, current)
 
 
@@ -139,39 +148,42 @@ def _rate_of(space: Space, lam: Tensor) -> float:
     return float(next(space.decode(lam)[h.name] for h in space.hyperparameters if h.is_rate))
 
 
-def _climbed(loss_of: Callable[[int, int], Tensor | None], begin: int, shape: torch.Size) -> Tensor | None:
-    """Losses of this shape: in each row from ``begin`` upwards, or else downwards, until they rise; infinite where nobody looked."""
-    losses = torch.full(shape, math.inf, dtype=torch.float64, device="cpu")
-    for row in range(shape[0]):
+def _climbed(
+    train: Callable[[Tensor], Retrained | None], folds: list[Fold], settings: Tensor, begin: int
+) -> Tensor | None:
+    """Losses of settings (B, R, n) on one fold, (1, B, R): in each row from ``begin`` upwards, or else downwards, until they rise.
+
+    Infinite where nobody looked; None where they cannot be trained.
+    """
+    losses = torch.full(settings.shape[:2], math.inf, dtype=torch.float64, device="cpu")
+    for row, found in zip(settings, losses, strict=True):
         best = begin
-        for way in (range(begin, shape[1]), range(begin - 1, -1, -1)):
+        for way in (range(begin, len(row)), range(begin - 1, -1, -1)):
             for i in way if best == begin else ():
-                if (loss := loss_of(row, i)) is None:
+                if (trained := train(row[i, None])) is None:
                     return None
-                losses[row, i] = float(loss)
-                if losses[row, i] > losses[row, best] or (i >= begin and not losses[row, i].isfinite()):
+                found[i] = float(trained.validation_losses(folds))
+                if found[i] > found[best] or (i >= begin and not found[i].isfinite()):
                     break
                 best = i
-    return losses
+    return losses[None]
 
 
-def _screening(task: Task) -> Callable[[Tensor], Tensor | None]:
-    """What trains settings (C, n) for a third of a fit (at least 150 steps, at most a whole fit), all from one seed, and gives the mean validation losses (C,)."""
+def _screening(task: Task) -> Callable[[Tensor], Retrained | None]:
+    """What trains settings (C, n) for a third of a fit (at least 150 steps, at most a whole fit), all from one seed."""
     net = task.folds[0].net
     per_epoch = min(Minibatches([fold.train], net.batch_size, seed=0).steps_per_epoch for fold in task.folds)
     steps = max(_SCREENED_SHARE * net.max_epochs * per_epoch, _SCREENED_STEPS)
     epochs = min(net.max_epochs, math.ceil(steps / per_epoch))
     seed: int | None = None
 
-    def losses_of(settings: Tensor) -> Tensor | None:
+    def train(settings: Tensor) -> Retrained | None:
         nonlocal seed
         trained = retrain(task, settings, epochs=epochs, seed=seed, unstacked=True)
-        if trained is None:
-            return None
-        seed = trained.seed
-        return trained.validation_losses(task.folds)
+        seed = seed if trained is None else trained.seed
+        return trained
 
-    return losses_of
+    return train
 
 
 def out_of_corners(space: Space, current: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ ROOMS = {  # room -> the rooms that it imports from
         "space",
         "task",
     },
-    "starts": {"batches", "hyperprior", "retraining", "space", "task"},
+    "starts": {"batches", "folds", "hyperprior", "retraining", "space", "task"},
     "candidates": {"retraining", "space", "task"},
     "optuna": {"search", "space"},
     "plotting": {"response", "search"},

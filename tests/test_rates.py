@@ -38,10 +38,11 @@ def screened(iris, monkeypatch):
             values = self.space.values(self.lam)
             stacks.append((len(folds), values["lr"].numpy().round(6).tolist()))
             settings.extend(self.space.decode(lam) | {"seed": self.seed} for lam in self.lam)
-            return loss(values["lr"], values.get("weight_decay", values["lr"])).double()
+            each = loss(values["lr"], values.get("weight_decay", values["lr"])).double()
+            return each.expand(len(folds), -1) if each.dim() == 1 else each
 
         with monkeypatch.context() as patch:
-            patch.setattr(Retrained, "validation_losses", losses)
+            patch.setattr(Retrained, "fold_losses", losses)
             lam = screen_rate(task)
         assert {fold.net.lr for fold in task.folds} == {task.folds[0].net.lr}
         assert_allclose(lam[~task.space.rate], task.current[~task.space.rate])
@@ -108,6 +109,21 @@ def test_the_best_of_all_losses_tells(screened):
 
     assert screened(loss)[0] == pytest.approx(0.02)
     assert screened(lambda lr, wd: loss(lr, wd) + (wd > 1e-4))[0] == pytest.approx(5e-4)
+
+
+def test_a_gain_within_one_standard_error_over_folds_is_no_reason_to_leave_the_own_one(screened):
+    """On folds where another is better by 0.3, 0.1 and x in a third of the loss; the standard error of these is that of x."""
+
+    def loss(x):
+        return lambda lr, wd: (
+            3 - torch.tensor([0.3, 0.1, x])[:, None] * torch.isclose(lr, torch.tensor(QUANTILES[3])).double()
+        )
+
+    for x, kept in ((0.1, False), (-0.05, False), (-0.2, True)):  # mean / standard error: 2.5, 1.1 and 0.5
+        gains = np.array([0.3, 0.1, x])
+        assert (gains.mean() <= gains.std(ddof=1) / np.sqrt(3)) == kept
+        found, _ = screened(loss(x), lr=1e-3)
+        assert (found == pytest.approx(1e-3)) == kept
 
 
 def test_at_an_end_and_beside_what_diverged_it_is_the_best_itself(screened):
