@@ -46,7 +46,7 @@ def retrain_candidates(
 
     1. of small models, "stronger": the tuned setting with all logarithmic hyperparameters e^1.5 times as large, which for penalties is so;
     2. of these, if one of all is better than the tuned setting by 2%: four settings on the line from that through the best, "tuned x 1.5" being
-       half as far again;
+       half as far again, with the best one's learning rate;
     3. of these, if the learning rate is searched for: the best before 2. with half and with twice of it, "lr / 2" and "lr x 2", as far as
        its range goes;
     4. of others with BatchNorm: "stronger", from the best setting.

@@ -262,7 +262,8 @@ class BestResponse:
             raise TypeError(f"A setting is a dict from name to value, such as {self.params!r}; got {params!r}.")
         if unknown := sorted(set(params) - set(self.space.names)):
             net = self.folds[0].net
-            rate = f" at one learning rate, {net.get_params()[net.rate_name]:g}" if net.rate_name else ""
+            known = net.get_params().get(net.rate_name or "")
+            rate = "" if known is None else f" at one learning rate, {known:g}"
             raise ValueError(f"{unknown[0]!r}: this best response is a function of {list(self.space.names)}{rate}.")
         for h in self.space.hyperparameters:
             low, high = h.support

@@ -195,7 +195,7 @@ def _train(task: Task, lam: Tensor, epochs: int, seed: int) -> _Trained | None:
         set_rng_state(own[0].noise, w.device)
         del own  # as many models
         values = make_values(space.without_rate, objective, net)(lam[:, ~space.rate].to(w), K)
-        optimizers = _Optimizers(net, w, [setting.get("lr") for setting in settings], epochs * per_epoch)
+        optimizers = _Optimizers(net, w, [setting.get(net.rate_name or "") for setting in settings], epochs * per_epoch)
         if optimizers.hooked or (optimizers.coupled and K * C > 1):
             return None
         curves = torch.zeros(K, C, epochs, device=w.device, dtype=w.dtype)
@@ -232,7 +232,7 @@ class _Optimizers:
         self.hooked = self.coupled = False
         for rate in dict.fromkeys(rates):
             which = [c for c, other in enumerate(rates) if other == rate]
-            own = net if rate is None else copy.copy(net).set_params(lr=rate)
+            own = net if rate is None else copy.copy(net).set_params(**{net.rate_name or "": rate})
             part = w if len(which) == len(rates) else nn.Parameter(w.data[:, which])
             optimizer, schedule = own._make_optimizer([part], steps)
             one, _ = own._make_optimizer([nn.Parameter(part.data[0, :1])], steps)

@@ -57,10 +57,11 @@ def screen(task: Task) -> Tensor | None:
     if not affordable:
         return None
     train, folds = _screening(task._replace(folds=folds[:affordable])), folds[:affordable]
-    found = [train(some) for some in ([settings] if objective.stacked else settings.split(1))]
-    screened = [trained.validation_losses(folds) for trained in found if trained is not None]
-    if len(screened) < len(found):
-        return None
+    screened = []
+    for some in [settings] if objective.stacked else settings.split(1):
+        if (trained := train(some)) is None:
+            return None
+        screened.append(trained.validation_losses(folds))
     losses = torch.cat(screened)
     best = int(losses.argmin())
     if best == len(line) and (near := (losses[:best] <= _NEARLY * losses[best]).nonzero()).numel():
@@ -75,11 +76,11 @@ def screen(task: Task) -> Tensor | None:
 def screen_rate(task: Task) -> Tensor:
     """``current`` (n,), with the learning rate to train with, if one is searched for.
 
-    Tried are the estimator's own and five quantiles of its distribution. With which regularisation? A weak one is best with smaller
-    learning rates than what will be tuned. So each is tried with the other hyperparameters as they are, with the
+    Tried are the estimator's own and five quantiles of its distribution. With which regularisation? A weak one asks for smaller
+    learning rates than the tuned one will. So each is tried with the other hyperparameters as they are, with the
     logarithmic ones at their medians, and with the rest at quantile 0.25, too: the least of all losses tells, or the vertex of the parabola through
-    it and its neighbours. They are trained as in :func:`screen`, on as many folds as is cheap. Where that is none, it is one, without
-    the second of the three, from the own learning rate upwards, and downwards if that was no better, until the loss rises.
+    it and its neighbours. They are trained as in :func:`screen`, on as many folds as is cheap. Where not even one is, they are trained one by one on
+    one, without the second of the three, from the own learning rate upwards, and downwards if that was no better, until the loss rises.
     On several folds the own one is kept unless the best of the others is better by more than one standard error over folds.
 
     Warns, and keeps the own one, where such a training would not be that of a fit. Raises ValueError if every one diverges.

@@ -42,7 +42,8 @@ def no_training(monkeypatch) -> None:
         raise AssertionError("training has begun")
 
     monkeypatch.setattr("hypertune.training.Minibatches", refuse)
-    monkeypatch.setattr("hypertune.base.Minibatches", refuse)
+    for room in ("base", "starts", "retraining"):
+        monkeypatch.setattr(f"hypertune.{room}.Minibatches", refuse)
 
 
 @pytest.fixture

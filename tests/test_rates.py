@@ -12,10 +12,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from hypertune import MLP, HyperTrainingSearchCV, TorchClassifier, check_hypergradient, model_factory
+from hypertune import MLP, HyperTrainingSearchCV, TorchClassifier, check_hypergradient, model_factory, starts
 from hypertune.optuna import to_study
 from hypertune.retraining import Retrained
-from hypertune.starts import screen_rate
+from hypertune.starts import screen, screen_rate
 from tests.searches import assert_scores_are_those_of_own_fits
 from tests.test_retraining import NET, Keeping
 
@@ -149,9 +149,32 @@ def test_larger_models_climb_from_their_own_on_one_fold(screened):
     assert {(folds, len(rates)) for folds, rates in stacks} == {(1, 1)}
     _, stacks = screened(parabola(1e-4), **wide)
     assert_allclose([rates[0] for _, rates in stacks], 2 * [1e-3, QUANTILES[2], QUANTILES[0]], atol=1e-6)
+    found, _ = screened(
+        lambda lr, wd: torch.where(lr > 2e-4, torch.inf, lr), **wide | {"lr": 0.03}
+    )  # and so do others below it
+    assert found == pytest.approx(QUANTILES[0])
     found, stacks = screened(lambda lr, wd: torch.where(lr > 2e-4, torch.inf, lr), **wide)  # its own diverges
     assert found == pytest.approx(QUANTILES[0])
     assert_allclose([rates[0] for _, rates in stacks], 2 * [1e-3, QUANTILES[0]], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("max_epochs", "length"), [(300, 100), (60, 38), (5, 5)]
+)  # 4 steps each: a third, 150 steps, all
+def test_they_are_trained_for_a_third_of_a_fit(iris, monkeypatch, max_epochs, length):
+    own, lengths = starts.retrain, []
+
+    def recorded(*args, epochs, **params):
+        lengths.append(epochs)
+        return own(*args, epochs=1, **params)
+
+    task = Keeping(clone(NET).set_params(max_epochs=1, batch_size=25), SPACE, cv=3, random_state=0).fit(*iris).task
+    for fold in task.folds:
+        fold.net.set_params(max_epochs=max_epochs)
+    monkeypatch.setattr(starts, "retrain", recorded)
+    screen_rate(task)
+    screen(task.with_rate(task.current))
+    assert lengths == [length, length]
 
 
 @pytest.mark.slow
@@ -190,6 +213,16 @@ def test_a_search_with_a_learning_rate(iris, used):
     trials = to_study(found).trials
     assert [trial.params["torchclassifier__lr"] for trial in trials] == [*settings.values()]
     assert trials[0].distributions["torchclassifier__lr"].log
+
+
+def test_a_subclass_without_a_learning_rate_of_its_own_says_what_its_response_knows(iris):
+    class Mine(TorchClassifier):
+        def __init__(self, weight_decay=0.0, max_epochs=2, random_state=0):
+            super().__init__(MLP((4,)), weight_decay=weight_decay, max_epochs=max_epochs, random_state=random_state)
+
+    found = search(Mine(), {"weight_decay": loguniform(1e-6, 1e1)}).fit(*iris)
+    with pytest.raises(ValueError, match=r"'lr': this best response is a function of \['weight_decay'\]\.$"):
+        found.best_response_.validation_loss({"lr": 0.1})
 
 
 def test_the_response_is_that_of_one_learning_rate(iris):

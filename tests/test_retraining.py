@@ -431,3 +431,16 @@ def test_an_optimizer_that_looks_at_all_weights_trains_one_model(iris):
     for one, setting in zip(lam, settings, strict=True):
         curve = retrain(task._replace(folds=task.folds[:1]), one[None]).curves[0, 0]
         assert_allclose(curve, clone(net).set_params(**setting).fit(X[train], y[train]).loss_curve_, rtol=1e-9)
+
+
+def test_hooks_on_gradients_are_noticed_at_every_learning_rate(iris):
+    def clipping(params, lr):
+        for p in params:
+            p.register_hook(lambda g: g.clamp(-1e-3, 1e-3))
+        return torch.optim.SGD(params, lr=lr)
+
+    net = clone(NET).set_params(optimizer=clipping)
+    with pytest.warns(UserWarning, match="learning rate is left at 0.003"):
+        task = Keeping(net, {"lr": loguniform(1e-4, 1e-1), "weight_decay": loguniform(1e-6, 1e0)}, cv=3).fit(*iris).task
+    for rates in [(0.02, 0.02), (0.02, 0.05)]:
+        assert retrain(task, torch.stack([task.space.encode({"lr": lr, "weight_decay": 1e-3}) for lr in rates])) is None
