@@ -17,7 +17,7 @@ from hypertune.optuna import to_study
 from hypertune.retraining import Retrained
 from hypertune.starts import screen, screen_rate
 from tests.searches import assert_scores_are_those_of_own_fits
-from tests.test_retraining import NET, Keeping
+from tests.test_retraining import NET, Coupled, Keeping
 
 SPACE = {"weight_decay": loguniform(1e-6, 1e1), "lr": loguniform(1e-4, 1e-1), "module__dropout": uniform(0, 0.5)}
 
@@ -311,19 +311,9 @@ def test_it_stays_where_short_trainings_would_not_be_those_of_fits(iris):
         assert found.history_["lr"] == pytest.approx(kept)
 
 
-class Normed(torch.optim.SGD):
-    """Looks at all weights at once."""
-
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.grad /= p.grad.norm() + 1e-12
-        return super().step(closure)
-
-
 @pytest.mark.slow
 def test_it_is_found_for_an_optimizer_that_couples_weights(iris):
-    found = search(clone(NET).set_params(optimizer=Normed, lr=1e-4)).fit(*iris)
+    found = search(clone(NET).set_params(optimizer=Coupled, lr=1e-4)).fit(*iris)
     assert found.history_["lr"] > 1e-3
 
 

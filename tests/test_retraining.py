@@ -410,18 +410,20 @@ def test_settings_of_several_learning_rates_are_single_fits_in_one_stack(iris, o
             assert_allclose(retrained.weights[k, c], last, rtol=1e-6, atol=1e-9)
 
 
+class Coupled(torch.optim.SGD):
+    """Looks at all weights at once."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad /= p.grad.norm() + 1e-12
+        return super().step(closure)
+
+
 def test_an_optimizer_that_looks_at_all_weights_trains_one_model(iris):
     """Not several together, of settings or of folds; but a short training for comparison is of one."""
-
-    class Normed(torch.optim.SGD):
-        def step(self, closure=None):
-            for group in self.param_groups:
-                for p in group["params"]:
-                    p.grad /= p.grad.norm() + 1e-12
-            return super().step(closure)
-
     X, y = iris
-    net = clone(NET).set_params(optimizer=Normed, dtype="float64")
+    net = clone(NET).set_params(optimizer=Coupled, dtype="float64")
     task = Keeping(net, {"lr": loguniform(1e-4, 1e-1), "weight_decay": loguniform(1e-6, 1e0)}, cv=3).fit(X, y).task
     settings = [{"lr": lr, "weight_decay": 1e-3} for lr in (0.02, 0.05)]
     lam = torch.stack([task.space.encode(one) for one in settings])
