@@ -88,8 +88,8 @@ class Minibatches(Iterator[Batch]):
         picks = [self._pick(k) for k in range(len(self.folds))]
 
         def stack(columns: Sequence[Tensor | None]) -> Tensor | None:
-            taken = [column[pick] for column, pick in zip(columns, picks, strict=True) if column is not None]
-            return torch.stack(taken) if taken else None
+            taken = [c.index_select(0, pick) for c, pick in zip(columns, picks, strict=True) if c is not None]
+            return torch.stack(taken) if len(taken) > 1 else taken[0][None] if taken else None
 
         x, y, _, number = (stack(columns) for columns in zip(*self.folds, strict=True))
         return Batch(x, y, stack(self._weights), number)  # type: ignore[arg-type]

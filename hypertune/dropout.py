@@ -27,8 +27,11 @@ def is_zero(value: Value) -> bool:
 
 def _kept(noise: Tensor, rate: Value) -> Tensor:
     """What each number is multiplied by: 0 with probability ``rate``, else 1/(1 − rate); 0 everywhere at a rate of 1."""
-    share = (1 - rate).clamp(min=_LEAST) if isinstance(rate, Tensor) else max(1 - rate, _LEAST)
-    return (noise >= rate).to(noise.dtype) / share  # whatever the default dtype
+    return (noise >= rate).to(noise.dtype) / _share(rate)  # whatever the default dtype
+
+
+def _share(rate: Value) -> Value:
+    return (1 - rate).clamp(min=_LEAST) if isinstance(rate, Tensor) else max(1 - rate, _LEAST)
 
 
 class Drops:
@@ -61,8 +64,10 @@ class TensorDropout(Drops, nn.Module):
         """The same for M models at once, x (M, B, ...), without vmap; ``p`` may be (M,)."""
         if not self.training or is_zero(self.p):
             return x
-        p = self.p.view(-1, *(1,) * (x.dim() - 1)) if isinstance(self.p, Tensor) else self.p
-        return x * _kept(self._noise(self._cells(x[0]), x), p)
+        p = self.p.view(-1, *(1,) * (x.dim() - 1)) if isinstance(self.p, Tensor) else x.new_tensor(self.p)
+        noise = self._noise(self._cells(x[0]), x)
+        kept = torch.ge(noise, p.detach(), out=noise.new_empty(0))  # numbers at once, instead of booleans: vmap has no `out`
+        return x * kept.div_(_share(p))
 
     def _cells(self, x: Tensor) -> Sequence[int]:
         return (*x.shape[:2], *(1,) * (x.dim() - 2)) if self.channelwise else x.shape

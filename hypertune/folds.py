@@ -222,7 +222,7 @@ def _fold(
     encoded = net._encode(X_train, y_train, weight, all_y=y)
     if weight is not None:
         number = number[np.asarray(weight) > 0]  # the others are left out
-    if len(number) == len(encoded.x):
+    if weighs_rows and len(number) == len(encoded.x):
         encoded = encoded._replace(number=torch.from_numpy(number).to(encoded.x.device))
     valid_weight = _params_of(estimator, X, fit_params, valid)[0].get("sample_weight")
     if valid_weight is not None and not np.asarray(valid_weight).any():

@@ -28,7 +28,7 @@ class _HalfSquares(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *parameters: Tensor) -> Tensor:
         ctx.save_for_backward(*parameters)
-        return 0.5 * sum(torch.linalg.vecdot(p, p) for p in (p.flatten(1) for p in parameters))
+        return 0.5 * sum(torch.linalg.vector_norm(p.flatten(1), dim=1).square() for p in parameters)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:

@@ -80,9 +80,9 @@ def make_values(space: Space, objective: Objective, net: Net) -> Callable[[Tenso
 
     def values_of(lam: Tensor, K: int) -> dict[str, Any]:
         values: dict[str, Any] = {}
-        for name, v in space.values(lam).items():
-            if K > 1 and names[name] != "sample_weight":
-                v = v.repeat(K, *(1,) * (v.dim() - 1))
+        for name, v in space.values(lam.repeat(K, 1)).items():
+            if names[name] == "sample_weight":
+                v = v[: len(lam)]
             values[names[name]] = objective.by_parameter(arranged[name], v) if name in arranged else v
         return values
 

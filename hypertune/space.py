@@ -29,6 +29,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -238,7 +239,10 @@ class Hyperparameter:
     def decode(self, lam: Tensor) -> Tensor:
         """λ → value, elementwise, always inside the declared bounds."""
         value = lam.exp() if self.coordinate == "log" else self.unit * lam
-        inside: Tensor = _Inside.apply(value + self.offset if self.offset else value, *self.support)
+        value = value + self.offset if self.offset else value
+        if not value.requires_grad:
+            return value.clamp(*self.support)
+        inside: Tensor = _Inside.apply(value, *self.support)
         return inside
 
 
@@ -359,7 +363,7 @@ class Space:
         """Length of λ."""
         return sum(h.size for h in self.hyperparameters)
 
-    @property
+    @cached_property
     def blocks(self) -> dict[str, slice]:
         """Which coordinates of λ each hyperparameter has."""
         ends = np.cumsum([h.size for h in self.hyperparameters]).tolist()

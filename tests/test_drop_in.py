@@ -50,7 +50,7 @@ def test_scikit_learns_own_checks(estimator, check):
     check(estimator)
 
 
-_CHECKED = {"dtype": "float64", "lr": 1e-2, "max_epochs": 40, "random_state": 0}
+_CHECKED = {"dtype": "float64", "lr": 2e-2, "max_epochs": 20, "random_state": 0}
 _SEARCHED = {"cv": 2, "error_score": "raise", "random_state": 0}
 _RANGE = FloatDistribution(1e-6, 1e-1, log=True)  # its repr is a name that every process of the tests gives it
 
