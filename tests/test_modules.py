@@ -225,7 +225,7 @@ def _each_by_joint_and_another():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module, kind, algorithm", _each_by_joint_and_another())
+@pytest.mark.parametrize(("module", "kind", "algorithm"), _each_by_joint_and_another())
 def test_every_module_with_every_kind_of_hyperparameter(module, kind, algorithm):
     """The loss is finite, λ̂ has moved, and the best estimator is what a fit of the best parameters gives."""
     X, y = _data(MODULES[module][1])
