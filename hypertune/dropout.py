@@ -66,7 +66,9 @@ class TensorDropout(Drops, nn.Module):
             return x
         p = self.p.view(-1, *(1,) * (x.dim() - 1)) if isinstance(self.p, Tensor) else x.new_tensor(self.p)
         noise = self._noise(self._cells(x[0]), x)
-        kept = torch.ge(noise, p.detach(), out=noise.new_empty(0))  # numbers at once, instead of booleans: vmap has no `out`
+        kept = torch.ge(
+            noise, p.detach(), out=noise.new_empty(0)
+        )  # numbers at once, instead of booleans: vmap has no `out`
         return x * kept.div_(_share(p))
 
     def _cells(self, x: Tensor) -> Sequence[int]:
