@@ -27,12 +27,13 @@ _OTHER_RATES = {"lr / 2": 0.5, "lr x 2": 2.0}
 Candidates = dict[str, Tensor]  # by name, λ of each, (n,)
 
 
-def distinct(tuned: Tensor, start: Tensor | None, current: Tensor) -> Candidates:
-    """ "tuned"; "middle" and "start", if it was screened and where they differ noticeably; and the estimator's "own" setting."""
+def distinct(tuned: Tensor, start: Tensor | None, current: Tensor | None) -> Candidates:
+    """ "tuned"; "middle" and "start", if it was screened and where they differ noticeably; and the estimator's "own" setting, if it is given."""
     candidates = {"tuned": tuned}
+    own = {} if current is None or torch.equal(tuned, current) else {"own": current}
     if start is not None:
-        candidates |= _new({"middle": (tuned + start) / 2, "start": start}, [tuned, current])
-    return candidates if torch.equal(tuned, current) else candidates | {"own": current}
+        candidates |= _new({"middle": (tuned + start) / 2, "start": start}, [tuned, *own.values()])
+    return candidates | own
 
 
 def retrain_candidates(

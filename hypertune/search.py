@@ -9,6 +9,7 @@ that it started from, the middle between them, the estimator's own, and what may
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,6 +29,7 @@ from torch import Tensor
 from hypertune.base import TorchEstimator
 from hypertune.callbacks import epochs
 from hypertune.candidates import distinct, retrain_candidates
+from hypertune.choices import choose, own_values, split
 from hypertune.folds import DrawnOnce, Fold, last_step, make_folds, net_of, prefix_of
 from hypertune.hypergradients import Description
 from hypertune.hypernetworks import HYPERNETWORKS, Builder
@@ -37,10 +39,10 @@ from hypertune.randomness import draw_seed, gradients
 from hypertune.recipes import NAMES
 from hypertune.response import BestResponse
 from hypertune.space import Space
-from hypertune.starts import out_of_corners, restarts, screen, screen_rate
+from hypertune.starts import Tried, out_of_corners, restarts, screen, screen_rate, try_settings
 from hypertune.task import Task, stack
 from hypertune.training import hyper_train
-from hypertune.tunable import check_names, check_settings, of_net
+from hypertune.tunable import check_choices, check_names, check_settings, of_net
 
 
 class HyperTrainingSearchCV(BaseSearchCV):
@@ -387,8 +389,8 @@ class HyperTrainingSearchCV(BaseSearchCV):
 
     def _propose_candidates(self) -> Mapping[str, dict[str, Any]] | list[dict[str, Any]]:
         """Hyper-train, and return the settings to verify, by name. A subclass may put any other proposal in its place, without names too."""
-        whole = self._make_task()
-        rated = screen_rate(whole)  # λ, with the learning rate
+        own, chosen, whole, tried = self._choose()
+        rated = screen_rate(whole, tried)  # λ, with the learning rate
         space, folds, _, current, _ = task = whole.with_rate(rated)
         start = None
         if self.evaluate == "retrain" and self.start == "screened" and self.algorithm != "global":
@@ -410,13 +412,14 @@ class HyperTrainingSearchCV(BaseSearchCV):
                 break
             response, history = tune(task, start=again, grain_scale=grain_scale)
         rate = {h.name: whole.space.decode(rated)[h.name] for h in whole.space.hyperparameters if h.is_rate}
-        self.history_ = history | {"grain_scale": grain_scale} | rate
+        self.history_ = history | {"grain_scale": grain_scale} | rate | chosen
         if self.evaluate == "hypernetwork":
             self.best_response_ = response
             self._known.append(response)
             return {"tuned": response.params}
         tuned = whole.insert_rate(space.encode(response.params), rated)
-        candidates = distinct(tuned, None if start is None else whole.insert_rate(start, rated), whole.current)
+        start = None if start is None else whole.insert_rate(start, rated)
+        candidates = distinct(tuned, start, whole.current if own is None else None)
         candidates, retrained, verified = retrain_candidates(
             whole, candidates, more=self.start == "screened", watched=self._is_watched()
         )
@@ -426,19 +429,74 @@ class HyperTrainingSearchCV(BaseSearchCV):
             verified = lam[same][:, ~whole.space.rate], losses[same]
         self.best_response_ = replace(response, verified=verified)
         self._known += retrained
-        return {name: whole.space.decode(lam) for name, lam in candidates.items()}
+        found = {name: chosen | whole.space.decode(lam) for name, lam in candidates.items()}
+        return found if own is None else found | {"own": own}
+
+    def _choose(self) -> tuple[dict[str, Any] | None, dict[str, Any], Task, Tried | None]:
+        """Give our copy of the estimator the best values of what has a list of them.
+
+        Returns
+        -------
+        own : dict or None
+            The setting of the estimator itself, where these are not its own values.
+        chosen : dict from str to value
+        task : Task
+            With these values.
+        tried : Tried or None
+            The short trainings with them, if there were any.
+        """
+        choices, own, tries = self._choices(), None, []
+        if not choices:
+            return None, {}, self._make_task(), None
+        first = own_values(choices, self._settings())
+
+        def losses_at(values: dict[str, Any]) -> Tensor | None:
+            nonlocal own
+            self.estimator.set_params(**values)
+            try:
+                task = self._make_task()
+            except (ValueError, TypeError) as error:
+                error.add_note(f"This was with {values}.")
+                raise
+            if values is first:
+                own = values | task.space.decode(task.current)
+            if (tried := try_settings(task)) is None:
+                return None
+            tries.append((values, tried))
+            return tried.losses
+
+        if (chosen := choose(choices, first, losses_at)) is None:
+            chosen = first
+            warnings.warn(
+                f"{first} are left as they are: trainings to compare others would not be those of fits. A function of yours changes from call to call, "
+                "weights have a hook, or the model is too large.",
+                UserWarning,
+                stacklevel=2,
+            )
+        self.estimator.set_params(**chosen)
+        known = next((tried for values, tried in tries if values is chosen), None)
+        return None if chosen is first else own, chosen, self._make_task(), known
+
+    def _choices(self) -> dict[str, list[Any]]:
+        """What has a list of values, and no gradient."""
+        net, prefix = net_of(self.estimator), prefix_of(self.estimator)
+        tuned = {prefix + name for name in (*net.loss_names, net.rate_name or "")}
+        return split(self.param_distributions, tuned)[0]
 
     def _make_task(self) -> Task:
         """What is to be trained; refuses what cannot be."""
         net, prefix = net_of(self.estimator), prefix_of(self.estimator)
-        space = of_net(net, Space.from_distributions(self.param_distributions, prefix))
+        choices = self._choices()
+        ranges = {name: d for name, d in self.param_distributions.items() if name not in choices}
+        space = of_net(net, Space.from_distributions(ranges, prefix))
         settings = self._settings()
+        check_choices(type(self.estimator).__name__, settings, choices, space, prefix)
         check_settings(type(self.estimator).__name__, settings, space, prefix)
         check_names(net, space)
-        rates = [h.name for h in space.hyperparameters if h.is_rate]
-        if rates and (self.start != "screened" or self.evaluate != "retrain"):
+        tried = [h.name for h in space.hyperparameters if h.is_rate] + [*choices]
+        if tried and (self.start != "screened" or self.evaluate != "retrain"):
             raise ValueError(
-                f"param_distributions[{rates[0]!r}]: a learning rate is found by trying some first, and by retraining: that needs start='screened' and "
+                f"param_distributions[{tried[0]!r}]: it is found by trying some values first, and by retraining: that needs start='screened' and "
                 f"evaluate='retrain' (check_hypergradient sets 'hypernetwork'), got start={self.start!r} and evaluate={self.evaluate!r}. Set it on the estimator."
             )
         grains = {h.grain for h in space.hyperparameters}

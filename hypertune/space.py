@@ -42,7 +42,9 @@ from torch import Tensor
 _UNITS_PER_RANGE = 4.0
 _MOST = 3e38  # what float32 can hold
 _LOG_UNIFORM = ("loguniform", "reciprocal")
-OUTER = "an outer search (GridSearchCV, or OptunaSearchCV of optuna-integration)"  # for what no gradient can tune
+# For what no gradient can tune.
+OUTER = "an outer search (GridSearchCV, or OptunaSearchCV of optuna-integration)"
+ELSEWHERE = f"set it on the estimator, give a list of values to compare, or give it to {OUTER}."
 
 
 Grain = Literal["layer", "unit", "weight", "feature", "row"]
@@ -273,7 +275,7 @@ def _broadcast(value: Any, shape: tuple[int, ...], name: str) -> np.ndarray:
 def _as_prior(name: str, distribution: Any) -> tuple[Any, bool]:
     """The entry as a frozen scipy distribution, and whether its natural coordinate is a logarithm."""
     where = f"param_distributions[{name!r}]"
-    outer = f"gradients cannot tune it: set it on the estimator, or give it to {OUTER}."
+    outer = f"gradients cannot tune it: {ELSEWHERE}"
     if isinstance(distribution, FloatDistribution):
         if distribution.step is not None:
             raise ValueError(f"{where}: {distribution!r} moves in steps; {outer} Or leave `step` out.")
@@ -308,7 +310,7 @@ def _as_prior(name: str, distribution: Any) -> tuple[Any, bool]:
         )
     if isinstance(distribution, (list, tuple, np.ndarray, range)):
         raise ValueError(
-            f"{where}: a list of choices has no gradient; for a range write loguniform(low, high) or uniform(low, high - low); {outer}"
+            f"{where}: it has a gradient, and no need of a list: give its range, loguniform(low, high) or uniform(low, high - low)."
         )
     raise TypeError(
         f"{where}: got {distribution!r}; expected a frozen continuous scipy.stats distribution, such as "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -73,33 +74,59 @@ def screen(task: Task) -> Tensor | None:
     return torch.lerp(settings[int(at)], settings[math.ceil(at)], at % 1)
 
 
-def screen_rate(task: Task) -> Tensor:
-    """``current`` (n,), with the learning rate to train with, if one is searched for.
+class Tried(NamedTuple):
+    """Short trainings of B settings with each of R learning rates, rising; ``rates`` (R,) is empty and R = 1 if none is searched for.
 
-    Tried are the estimator's own and five quantiles of its distribution. With which regularisation? A weak one asks for smaller
-    learning rates than the tuned one will. So each is tried with the other hyperparameters as they are, with the
-    logarithmic ones at their medians, and with the rest at quantile 0.25, too: the least of all losses tells, or the vertex of the parabola through
-    it and its neighbours. They are trained as in :func:`screen`, on as many folds as is cheap. Where not even one is, they are trained one by one on
-    one, without the second of the three, from the own learning rate upwards, and downwards if that was no better, until the loss rises.
-    On several folds the own one is kept unless the best of the others is better by more than one standard error over folds.
+    ``each`` (some folds, B, R) are their validation losses, infinite where nobody looked, and ``own`` is the number of the own learning rate.
+    """
 
-    Warns, and keeps the own one, where such a training would not be that of a fit. Raises ValueError if every one diverges.
+    rates: Tensor
+    each: Tensor
+    own: int
+
+    @property
+    def losses(self) -> Tensor:
+        """Of the best setting, (some folds,)."""
+        mean = self.each.mean(dim=0).flatten()
+        return self.each.flatten(1)[:, int(mean.argmin())]
+
+
+def try_settings(task: Task) -> Tried | None:
+    """The estimator's own learning rate and five quantiles of its distribution, if it is searched for, with little and with more regularisation.
+
+    A weak regularisation asks for smaller learning rates than the tuned one will. So each is tried with the other hyperparameters as they are, with the
+    logarithmic ones at their medians, and with the rest at quantile 0.25, too. They are trained as in :func:`screen`, on as many folds as is cheap.
+    Where not even one is, they are trained one by one on one, without the second of the three, from the own learning rate upwards, and downwards if
+    that was no better, until the loss rises. None where such a training would not be that of a fit.
     """
     space, folds, objective, current, _ = task
-    if not space.rate.any():
-        return current
     rates, others = _rates(space, current), _others(space, current)
-    settings = others[:, None].repeat(1, len(rates), 1)  # (up to 3, R, n)
-    settings[..., space.rate] = rates[:, None]
+    settings = others[:, None].repeat(1, max(len(rates), 1), 1)  # (up to 3, R, n)
+    if len(rates):
+        settings[..., space.rate] = rates[:, None]
     affordable = _SCREENED // (settings[..., 0].numel() * objective.cost) if objective.stacked else 0
     own, few = int((rates < current[space.rate]).sum()), folds[: max(affordable, 1)]
     train = _screening(task._replace(folds=few))
     if affordable and (trained := train(settings.flatten(0, 1))) is not None:
-        each: Tensor | None = trained.fold_losses(few).view(len(few), *settings.shape[:2])
-    else:
-        settings = settings[[0, -1]] if len(settings) > 1 else settings
-        each = _climbed(_screening(task._replace(folds=folds[:1])), folds[:1], settings, own)
-    if each is None:
+        return Tried(rates, trained.fold_losses(few).view(len(few), *settings.shape[:2]), own)
+    settings = settings[[0, -1]] if len(settings) > 1 else settings
+    each = _climbed(_screening(task._replace(folds=folds[:1])), folds[:1], settings, own)
+    return None if each is None else Tried(rates, each, own)
+
+
+def screen_rate(task: Task, tried: Tried | None = None) -> Tensor:
+    """``current`` (n,), with the learning rate to train with, if one is searched for.
+
+    The least of all losses of :func:`try_settings` tells (``tried``, if they are known), or the vertex of the parabola through it and its neighbours.
+    On several folds the own one is kept unless the best of the others is better by more than one standard error over folds.
+
+    Warns, and keeps the own one, where such a training would not be that of a fit. Raises ValueError if every one diverges.
+    """
+    space, current = task.space, task.current
+    if not space.rate.any():
+        return current
+    tried = try_settings(task) if tried is None else tried
+    if tried is None:
         warnings.warn(
             f"The learning rate is left at {_rate_of(space, current):g}: trainings to compare others would not be those of fits. A function of yours "
             "changes from call to call, weights have a hook, or the model is too large.",
@@ -107,10 +134,12 @@ def screen_rate(task: Task) -> Tensor:
             stacklevel=2,
         )
         return current
+    rates, each, own = tried
     losses = each.mean(dim=0)
     if not losses.isfinite().any():
+        lowest = torch.where(space.rate, rates[0], current)
         raise ValueError(
-            f"Trainings with learning rates from {_rate_of(space, settings[0, 0]):.2g} upwards all diverge: give smaller ones, or scale X."
+            f"Trainings with learning rates from {_rate_of(space, lowest):.2g} upwards all diverge: give smaller ones, or scale X."
         )
     row, best = divmod(int(losses.argmin()), len(rates))
     gain = each[:, int(losses[:, own].argmin()), own] - each[:, row, best]
@@ -126,7 +155,9 @@ def screen_rate(task: Task) -> Tensor:
 
 
 def _rates(space: Space, current: Tensor) -> Tensor:
-    """The coordinate of the learning rates to try, rising: the estimator's own, and quantiles that are not near it."""
+    """The coordinate of the learning rates to try, rising: the estimator's own, and quantiles that are not near it. Empty if none is searched for."""
+    if not space.rate.any():
+        return current[:0]
     spread, own = _at_quantiles(space, _RATES)[:, space.rate].flatten(), current[space.rate]
     return torch.cat([spread[(spread - own).abs() > _APART * spread.diff().min()], own]).sort().values
 

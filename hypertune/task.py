@@ -12,7 +12,7 @@ from hypertune.examination import examine, reads_in_eval_mode, sees_features
 from hypertune.folds import Fold
 from hypertune.objective import NO_NOISE, Objective
 from hypertune.randomness import isolated
-from hypertune.space import OUTER, Space
+from hypertune.space import ELSEWHERE, Space
 from hypertune.tunable import arrangements, check_reach, find_reaches
 
 _LOOKED_AT = 16  # rows, to see what a keyword does
@@ -81,7 +81,7 @@ def stack(space: Space, folds: list[Fold], n_rows: int, seed: int) -> tuple[Spac
             if reads_in_eval_mode(objective, x, h.own, h.prior.ppf([0.01, 0.99])):
                 raise ValueError(
                     f"param_distributions[{h.name!r}]: the module reads it in eval mode, too. The gradient is that of a validation loss "
-                    f"which depends on it through the weights alone, as on a dropout rate. Set it on the estimator, or give it to {OUTER}."
+                    f"which depends on it through the weights alone, as on a dropout rate: {ELSEWHERE}"
                 )
             check_reach(net, objective, folds[0].train.x[:_LOOKED_AT], h, seed)
         examine(objective, x, {own: settings[own] for own in reaches})

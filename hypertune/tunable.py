@@ -22,7 +22,7 @@ from hypertune.net import Net
 from hypertune.objective import LOSS_HYPERPARAMETERS, Objective
 from hypertune.randomness import isolated
 from hypertune.reach import Reach, find_reach
-from hypertune.space import OUTER, Grain, Hyperparameter, Shape, Space
+from hypertune.space import ELSEWHERE, OUTER, Grain, Hyperparameter, Shape, Space
 
 _ALIKE = 5  # modules that are built at one value
 _GRAINS: dict[str, tuple[Grain | None, ...]] = {
@@ -41,6 +41,33 @@ def of_net(net: Net, space: Space) -> Space:
         return replace(h, grain="row" if of_rows else h.grain, is_rate=h.own == net.rate_name)
 
     return Space(tuple(map(as_it_is, space.hyperparameters)))
+
+
+def check_choices(
+    owner: str, settings: Mapping[str, Any], choices: Mapping[str, Any], space: Space, prefix: str
+) -> None:
+    """Refuse lists for what the estimator has no parameter for, for the net as a whole, and beside a weight for each row.
+
+    The parameters and errors are those of :func:`check_settings`, with the names of ``choices``.
+    """
+    for name in choices:
+        where = f"param_distributions[{name!r}]"
+        if name not in settings:
+            raise ValueError(f"{where}: {owner} has no such parameter; {_hint(name, settings)}")
+        if f"{name}__" == prefix:
+            raise ValueError(
+                f"{where}: values are compared for the parameters of a net, and not whole nets: give these to {OUTER}."
+            )
+        if any(h.grain == "row" for h in space.hyperparameters):
+            raise ValueError(
+                f"{where}: values are not compared beside a weight for each row. Set it on the estimator, or give it to {OUTER}."
+            )
+
+
+def _hint(name: str, settings: Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(name, settings, n=3, cutoff=0.5)
+    near += [known for known in settings if known.endswith(f"__{name}") and known not in near]
+    return f"did you mean {' or '.join(map(repr, near))}?" if near else f"choose one of {sorted(settings)}."
 
 
 def check_settings(owner: str, settings: Mapping[str, Any], space: Space, prefix: str) -> None:
@@ -75,13 +102,10 @@ def check_settings(owner: str, settings: Mapping[str, Any], space: Space, prefix
                     f"{where}: {part}={function!r} has no such keyword with a default; what can be tuned are keywords of a plain function "
                     f"that have one, as {keyword!r} in `def {part}(..., {keyword}=1.0)`."
                 )
-            near += [known for known in settings if known.endswith(f"__{name}") and known not in near]
-            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"choose one of {sorted(settings)}."
-            raise ValueError(f"{where}: {owner} has no such parameter; {hint}")
+            raise ValueError(f"{where}: {owner} has no such parameter; {_hint(name, settings)}")
         if not name.startswith(prefix):
             raise ValueError(
-                f"{where}: it belongs to a preprocessing step, which is fitted and not trained: no gradient reaches it. "
-                f"Set it on the pipeline, or give it to {OUTER}."
+                f"{where}: it belongs to a preprocessing step, which is fitted and not trained, so that no gradient reaches it: {ELSEWHERE}"
             )
         if h.grain is not None and isinstance(settings[name], (Mapping, Sequence, np.ndarray)):
             continue
@@ -93,8 +117,7 @@ def check_settings(owner: str, settings: Mapping[str, Any], space: Space, prefix
             )
         if not isinstance(settings[name], Real) or isinstance(settings[name], bool):
             raise ValueError(
-                f"{where}: its current value {settings[name]!r} is not a number, so there is no gradient to follow. Set it on "
-                f"the estimator, or give it to {OUTER}."
+                f"{where}: its current value {settings[name]!r} is not a number, so there is no gradient to follow: {ELSEWHERE}"
             )
 
 
@@ -151,8 +174,7 @@ def check_names(net: Net, space: Space) -> None:
         if own not in net.loss_names:
             raise ValueError(
                 f"{where}: {own!r} does not change the loss that training minimises, so there is no gradient to follow "
-                "(Lorraine & Duvenaud 2018, section 2.2). Set it on the estimator, or give it to "
-                f"{OUTER}. By gradient: {sorted(net.loss_names)}, {'the keywords of penalty and augment, ' * ('augment' in net.get_params())}"
+                f"(Lorraine & Duvenaud 2018, section 2.2): {ELSEWHERE} By gradient: {sorted(net.loss_names)}, {'the keywords of penalty and augment, ' * ('augment' in net.get_params())}"
                 f"and the dropout rates among module__…{f'; and by trying some values: {net.rate_name}' if net.rate_name else ''}."
             )
         if reason := net._why_not(own):

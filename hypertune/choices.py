@@ -1,0 +1,115 @@
+"""Parameters with a list of values, which no gradient can choose from: sizes of layers, batch sizes, optimizers.
+
+>>> import torch
+>>> from scipy.stats import uniform
+>>> choices, ranges = split({"weight_decay": uniform(0, 1), "batch_size": [32, 64]})
+>>> choose(choices, {"batch_size": 32}, lambda values: torch.tensor([1.0, 2.0]) / values["batch_size"])
+{'batch_size': 64}
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from optuna.distributions import CategoricalDistribution
+from torch import Tensor
+
+Values = dict[str, Any]
+
+
+def split(
+    param_distributions: Mapping[str, Any], tuned: Iterable[str] = ()
+) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+    """What a value is chosen for (lists, tuples, arrays, ``CategoricalDistribution``), and what has a range; both by name.
+
+    ``tuned`` are names that are no choices whatever they have: a gradient tunes them.
+
+    Raises
+    ------
+    ValueError
+        If a list is empty, or there are only lists.
+    """
+    choices: dict[str, list[Any]] = {}
+    for name, values in param_distributions.items():
+        if name in tuned:
+            continue
+        if isinstance(values, CategoricalDistribution):
+            values = values.choices
+        if isinstance(values, (list, tuple, range)) or (isinstance(values, np.ndarray) and values.ndim == 1):
+            choices[name] = values.tolist() if isinstance(values, np.ndarray) else list(values)
+            if not choices[name]:
+                raise ValueError(f"param_distributions[{name!r}] is empty: there is nothing to choose from.")
+    ranges = {name: d for name, d in param_distributions.items() if name not in choices}
+    if choices and not ranges:
+        raise ValueError(
+            f"param_distributions has nothing but lists, for {sorted(choices)}: GridSearchCV tries them all. Here they are compared beside what gradients "
+            'tune, such as "weight_decay": loguniform(1e-6, 1e1).'
+        )
+    return choices, ranges
+
+
+def own_values(choices: Mapping[str, list[Any]], settings: Mapping[str, Any]) -> Values:
+    """The estimator's own value of each, or the first of the list, if it is not one of them."""
+    return {
+        name: next((value for value in values if same(value, settings[name])), values[0])
+        for name, values in choices.items()
+    }
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two values of a parameter are equal; a list and a tuple of the same numbers are."""
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    try:
+        return one is other or bool(one == other)
+    except (ValueError, TypeError):  # arrays
+        return False
+
+
+def choose(
+    choices: Mapping[str, list[Any]], own: Values, losses_at: Callable[[Values], Tensor | None]
+) -> Values | None:
+    """The best values, one parameter after the other, the others being the best so far.
+
+    A value is left for another if that is better: on several folds, by more than one standard error of their differences. Compared are
+    the folds that both were tried on.
+
+    Parameters
+    ----------
+    choices : mapping from str to list
+    own : dict from str to value
+        Where it begins.
+    losses_at : callable
+        Values by name → losses of some of the folds, the first ones, (some,); None if they cannot be had.
+
+    Returns
+    -------
+    dict or None
+        None if losses could not be had.
+    """
+    best, losses = dict(own), losses_at(own)
+    for name, values in choices.items():
+        for value in values:
+            if losses is None:
+                return None
+            if same(value, best[name]) or same(value, own[name]):
+                continue
+            others = losses_at(best | {name: value})
+            if others is None:
+                return None
+            if _better(others, losses):
+                best, losses = best | {name: value}, others
+    return best
+
+
+def _better(others: Tensor, losses: Tensor) -> bool:
+    common = min(len(others), len(losses))
+    others, losses = others[:common], losses[:common]
+    if not others.isfinite().all() or not losses.isfinite().all():
+        return float(others.mean()) < float(losses.mean())
+    gain = losses - others
+    error = float(gain.std()) / math.sqrt(common) if common > 1 else 0.0
+    return float(gain.mean()) > error
