@@ -19,7 +19,7 @@ from sklearn.utils.parallel import Parallel, delayed
 from tqdm.auto import tqdm
 
 from benchmarks import report, solvers
-from benchmarks.problems import ARENA, RATES
+from benchmarks.problems import ARENA, RATES, SIZES
 
 OURS = "hypertune"
 
@@ -40,7 +40,7 @@ def fight(
     Parameters
     ----------
     problems, names : sequence of str
-        Of :data:`benchmarks.problems.ARENA` and ``RATES``, and of :data:`benchmarks.solvers.SOLVERS` and ``OF_RATES``.
+        Of ``ARENA``, ``RATES`` and ``SIZES`` of :mod:`benchmarks.problems`, and of :data:`benchmarks.solvers.SOLVERS` and ``OF_RATES``.
     seeds : int
     out : Path
     directory : str, optional
@@ -92,7 +92,7 @@ def _cell(
     scoring: str | None,
 ) -> list[dict[str, Any]]:
     """The rows of some solvers on one problem; ``ours`` is our own row, if it is there already."""
-    problem, rows = (ARENA | RATES)[name](seed, directory), []
+    problem, rows = (ARENA | RATES | SIZES)[name](seed, directory), []
     if scoring is not None:
         problem = replace(problem, scoring=scoring)
     for solver in names:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from sklearn.preprocessing import StandardScaler
 
 from benchmarks import mnist
 from hypertune import MLP, TorchClassifier, TorchRegressor, per_feature, per_layer, per_unit
+from hypertune.choices import own_values
 from hypertune.space import Space
 from hypertune.tunable import arrangements
 
@@ -38,6 +39,9 @@ class Problem:
         Rows to tune on, and held-out rows that only the report sees.
     refit_rows : int or None
         How many of the first rows of X the reported model is trained on once the search is over; None means all.
+    scoring : str
+    choices : mapping from str to list
+        Parameters of the estimator that get one of some values; its own is among them.
     """
 
     name: str
@@ -52,6 +56,7 @@ class Problem:
     refit_rows: int | None = None
 
     scoring: str = "neg_log_loss"
+    choices: Mapping[str, list[Any]] = field(default_factory=dict)
 
     def loss(self, score: Any) -> float:
         """What is lacking to the best possible score; lower is better. The losses themselves, of scorers that are named "neg_…"."""
@@ -75,7 +80,7 @@ class Problem:
     def current(self) -> dict[str, Any]:
         """The estimator's own setting, inside the declared bounds: where every solver starts."""
         space, own = self.coordinates, self.estimator.get_params()
-        return space.decode(space.encode({name: own[name] for name in space.names}))
+        return space.decode(space.encode({name: own[name] for name in space.names})) | own_values(self.choices, own)
 
 
 # --- small tables -----------------------------------------------------------------------------------------------------------
@@ -288,3 +293,31 @@ _RATED = (
     "mnist5000-conv-8",
 )
 RATES = {f"{name}+lr": partial(_with_rate, of=ARENA[name]) for name in _RATED}
+
+_SIZES: dict[str, list[Any]] = {
+    "module__hidden": [(16,), (64, 64), (256,), (128, 128), (64, 64, 64)],
+    "batch_size": [16, 64, 256],
+}
+_MNIST_SIZES: dict[str, list[Any]] = {"module__width": [64, 256, 512], "batch_size": [50, 100, 250]}
+_SMALL = {"module__hidden": (16,), "batch_size": 256}
+
+
+def _with_sizes(
+    seed: int, directory: str | None, *, of: Callable[[int, str | None], Problem], own: Mapping[str, Any]
+) -> Problem:
+    """The same problem with learning rate, layers and batch size in the space; all start from the estimator's own, or from ``own``."""
+    problem = _with_rate(seed, directory, of=of)
+    sizes = _MNIST_SIZES if "mnist" in problem.name else _SIZES
+    estimator = clone(problem.estimator).set_params(**{problem.prefix + name: value for name, value in own.items()})
+    return replace(
+        problem,
+        name=problem.name.replace("+lr", "+small" if own else "+net"),
+        estimator=estimator,
+        choices={problem.prefix + name: values for name, values in sizes.items()},
+    )
+
+
+_SIZED = ("cancer-6", "digits200-6", "digits-6")
+SIZES = {f"{name}+net": partial(_with_sizes, of=ARENA[name], own={}) for name in (*_SIZED, "mnist1000-6")} | {
+    f"{name}+small": partial(_with_sizes, of=ARENA[name], own=_SMALL) for name in _SIZED
+}

@@ -123,7 +123,7 @@ def hypertune(problem: Problem, seconds: float) -> Iterator[Trial]:
     """HyperTrainingSearchCV with its defaults: hyper-training, verification and the refit. Takes what it takes."""
     search = HyperTrainingSearchCV(
         problem.estimator,
-        problem.space,
+        {**problem.space, **problem.choices},
         cv=problem.cv,
         scoring=problem.scoring,
         refit=problem.refit_rows is None,
@@ -144,7 +144,7 @@ def random(problem: Problem, seconds: float) -> Iterator[Trial]:
     space, rng = problem.coordinates, np.random.default_rng(problem.seed)
     yield _trial(problem, problem.current)
     while True:
-        yield _trial(problem, space.decode(space.sample(1, rng)[0]))
+        yield _trial(problem, space.decode(space.sample(1, rng)[0]) | _drawn(problem, rng))
 
 
 def tpe(problem: Problem, seconds: float) -> Iterator[Trial]:
@@ -180,7 +180,10 @@ def halving(problem: Problem, seconds: float) -> Iterator[Trial]:
     yield _trial(problem, problem.current)
     each = time.perf_counter() - begin
     candidates = max(3, int(3 * (seconds - each) / each))  # three rungs, each a ninth of what all candidates would cost
-    drawn = [problem.current, *(space.decode(lam) for lam in space.sample(candidates, rng))]
+    drawn = [
+        problem.current,
+        *(space.decode(lam) | _drawn(problem, rng) for lam in space.sample(candidates, rng)),
+    ]
     most = _net(problem.estimator).max_epochs
     search = HalvingRandomSearchCV(
         problem.estimator,
@@ -197,7 +200,7 @@ def halving(problem: Problem, seconds: float) -> Iterator[Trial]:
     results = search.cv_results_
     full = [i for i, n in enumerate(results["n_resources"]) if n == results["n_resources"].max()]
     best = max(full, key=lambda i: results["mean_test_score"][i])
-    params = {k: v for k, v in results["params"][best].items() if k in space.names}
+    params = {k: v for k, v in results["params"][best].items() if k in problem.current}
     # Its last rung may have fewer epochs than the estimator: what is reported is the setting, trained in full.
     yield _trial(problem, params)
 
@@ -232,6 +235,11 @@ def kept_rate(problem: Problem, seconds: float) -> Iterator[Trial]:
     return hypertune(replace(problem, space=space), seconds)
 
 
+def kept_sizes(problem: Problem, seconds: float) -> Iterator[Trial]:
+    """Ours, with the estimator's own layers and batch size: the others of the space. Takes what it takes."""
+    return hypertune(replace(problem, choices={}), seconds)
+
+
 def rate_and_decay(problem: Problem, seconds: float) -> Iterator[Trial]:
     """TPE over the learning rate and one weight decay alone; the rest as it is."""
     names = [f"{problem.prefix}{name}" for name in ("lr", "weight_decay")]
@@ -253,7 +261,11 @@ SOLVERS: dict[str, Solver] = {
     "early-stop": early_stopping,
     "one-wd-stop": one_decay_stopped,
 }
-OF_RATES: dict[str, Solver] = {"kept-lr": kept_rate, "lr-wd": rate_and_decay}
+OF_RATES: dict[str, Solver] = {"kept-lr": kept_rate, "lr-wd": rate_and_decay, "kept-net": kept_sizes}
+
+
+def _drawn(problem: Problem, rng: np.random.Generator) -> dict[str, Any]:
+    return {name: values[rng.integers(len(values))] for name, values in problem.choices.items()}
 
 
 def _optuna(
@@ -272,6 +284,7 @@ def _optuna(
             for h in space.hyperparameters
             for name, v in zip(names[h.name], h.flatten(current[h.name]), strict=True)
         }
+        | {name: values.index(current[name]) for name, values in problem.choices.items()}
     )
 
     def suggest(trial: optuna.Trial, h: Hyperparameter) -> Any:
@@ -280,7 +293,10 @@ def _optuna(
 
     while True:
         trial = study.ask()
-        params = {h.name: suggest(trial, h) for h in space.hyperparameters}
+        params = {h.name: suggest(trial, h) for h in space.hyperparameters} | {
+            name: values[trial.suggest_categorical(name, range(len(values)))]
+            for name, values in problem.choices.items()
+        }
         try:
             loss = _cv_loss(problem, params) if pruner is None else _cv_loss_by_epoch(problem, params, trial)
         except optuna.TrialPruned:
