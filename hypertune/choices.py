@@ -25,12 +25,7 @@ def split(
 ) -> tuple[dict[str, list[Any]], dict[str, Any]]:
     """What a value is chosen for (lists, tuples, arrays, ``CategoricalDistribution``), and what has a range; both by name.
 
-    ``tuned`` are names that are no choices whatever they have: a gradient tunes them.
-
-    Raises
-    ------
-    ValueError
-        If a list is empty, or there are only lists.
+    ``tuned`` are names that are no choices whatever they have: a gradient tunes them. Raises ValueError for an empty list.
     """
     choices: dict[str, list[Any]] = {}
     for name, values in param_distributions.items():
@@ -42,13 +37,7 @@ def split(
             choices[name] = values.tolist() if isinstance(values, np.ndarray) else list(values)
             if not choices[name]:
                 raise ValueError(f"param_distributions[{name!r}] is empty: there is nothing to choose from.")
-    ranges = {name: d for name, d in param_distributions.items() if name not in choices}
-    if choices and not ranges:
-        raise ValueError(
-            f"param_distributions has nothing but lists, for {sorted(choices)}: GridSearchCV tries them all. Here they are compared beside what gradients "
-            'tune, such as "weight_decay": loguniform(1e-6, 1e1).'
-        )
-    return choices, ranges
+    return choices, {name: d for name, d in param_distributions.items() if name not in choices}
 
 
 def own_values(choices: Mapping[str, list[Any]], settings: Mapping[str, Any]) -> Values:
@@ -88,9 +77,9 @@ def choose(
     Returns
     -------
     dict or None
-        None if losses could not be had.
+        What ``losses_at`` was called with, ``own`` itself if nothing is better; None if losses could not be had.
     """
-    best, losses = dict(own), losses_at(own)
+    best, losses = own, losses_at(own)
     for name, values in choices.items():
         for value in values:
             if losses is None:

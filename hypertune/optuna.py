@@ -1,20 +1,21 @@
 """A fitted search as an Optuna study: for Optuna's pictures, its dashboard and storages, and to go on with its samplers.
 
-What the search cannot tune (layers, batch size) is for an outer study, in which each trial is a whole search: docs/choosing.md.
+What the search cannot tune well is for an outer study, in which each trial is a whole search: docs/choosing.md.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from sklearn.utils.validation import check_is_fitted
 
+from hypertune.choices import split
 from hypertune.search import HyperTrainingSearchCV
 from hypertune.space import Hyperparameter, Space
 
@@ -26,7 +27,7 @@ def to_study(search: HyperTrainingSearchCV, study: optuna.Study | None = None) -
     """The candidates of a fitted search as trials: their parameters, and the mean test score that is maximised.
 
     Each number is a parameter of the name it has in ``best_params_``, of a finer grain ``name[parameter][index]``. A candidate that
-    failed is a failed trial. Split scores, their standard deviation and the fit times are user attributes, under their names in ``cv_results_``.
+    failed is a failed trial. A value out of a list is a category, of tuples and objects their repr. Split scores, their standard deviation and the fit times are user attributes, under their names in ``cv_results_``.
 
     Parameters
     ----------
@@ -59,9 +60,10 @@ def to_study(search: HyperTrainingSearchCV, study: optuna.Study | None = None) -
     """
     check_is_fitted(search, "cv_results_")
     space, results = search.best_response_.space, search.cv_results_
-    rate = search.history_.keys() & results["params"][0].keys() - {*space.names}  # which the response lacks
-    if declared := {name: search.param_distributions[name] for name in rate if name in search.param_distributions}:
-        space = Space(space.hyperparameters + Space.from_distributions(declared).hyperparameters)
+    beside = [name for name in results["params"][0] if name not in space.names]  # what the response lacks
+    choices, ranges = split({name: d for name, d in search.param_distributions.items() if name in beside})
+    if rate := {name: d for name, d in ranges.items() if name in search.history_}:
+        space = Space(space.hyperparameters + Space.from_distributions(rate).hyperparameters)
     metric = "score" if not search.multimetric_ else search.refit
     if f"mean_test_{metric}" not in results:
         raise ValueError(
@@ -79,16 +81,21 @@ def to_study(search: HyperTrainingSearchCV, study: optuna.Study | None = None) -
             f"Scores are maximised, and the study's directions are {[d.name.lower() for d in study.directions]}: "
             'create it with direction="maximize".'
         )
-    study.add_trials([_trial(space, results, metric, row) for row in range(len(results["params"]))])
+    study.add_trials([_trial(space, choices, results, metric, row) for row in range(len(results["params"]))])
     return study
 
 
-def _trial(space: Space, results: dict[str, Any], metric: Any, row: int) -> FrozenTrial:
-    params: dict[str, float] = {}
+def _trial(
+    space: Space, choices: Mapping[str, list[Any]], results: dict[str, Any], metric: Any, row: int
+) -> FrozenTrial:
+    params: dict[str, Any] = {}
     distributions: dict[str, BaseDistribution] = {}
     for h in space.hyperparameters:
         for name, value in _numbers(h, results["params"][row][h.name]):
             params[name], distributions[name] = value, _distribution(h, value)
+    for name, values in choices.items():
+        params[name] = _category(results["params"][row][name])
+        distributions[name] = CategoricalDistribution(list(dict.fromkeys([*map(_category, values), params[name]])))
     score = float(results[f"mean_test_{metric}"][row])
     attributes = {
         name: float(values[row])
@@ -102,6 +109,11 @@ def _trial(space: Space, results: dict[str, Any], metric: Any, row: int) -> Froz
         distributions=distributions,
         user_attrs=attributes,
     )
+
+
+def _category(value: Any) -> Any:
+    """A value of a list, as Optuna stores it."""
+    return value if value is None or isinstance(value, (bool, int, float, str)) else repr(value)
 
 
 def _numbers(h: Hyperparameter, value: Any) -> Iterator[tuple[str, float]]:

@@ -262,9 +262,11 @@ class BestResponse:
             raise TypeError(f"A setting is a dict from name to value, such as {self.params!r}; got {params!r}.")
         if unknown := sorted(set(params) - set(self.space.names)):
             net = self.folds[0].net
-            known = net.get_params().get(net.rate_name or "")
-            rate = "" if known is None else f" at one learning rate, {known:g}"
-            raise ValueError(f"{unknown[0]!r}: this best response is a function of {list(self.space.names)}{rate}.")
+            known = net.get_params().get(unknown[0].removeprefix(self.space.hyperparameters[0].prefix))
+            rest = "" if known is None else f"; it was learned at {known!r}"
+            raise ValueError(
+                f"{unknown[0]!r}: this best response is a function of {list(self.space.names)} alone{rest}."
+            )
         for h in self.space.hyperparameters:
             low, high = h.support
             if h.name in params and not ((v := h.flatten(params[h.name])) >= low).all() & (v <= high).all():

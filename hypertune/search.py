@@ -445,10 +445,14 @@ class HyperTrainingSearchCV(BaseSearchCV):
         tried : Tried or None
             The short trainings with them, if there were any.
         """
-        choices, own, tries = self._choices(), None, []
+        choices, ranges = self._split()
         if not choices:
             return None, {}, self._make_task(), None
-        first = own_values(choices, self._settings())
+        settings, (net, prefix) = self._settings(), (net_of(self.estimator), prefix_of(self.estimator))
+        check_choices(type(self.estimator).__name__, settings, choices, ranges, net, prefix)
+        own: dict[str, Any] | None = None
+        tries: list[tuple[dict[str, Any], Tried]] = []
+        first = own_values(choices, settings)
 
         def losses_at(values: dict[str, Any]) -> Tensor | None:
             nonlocal own
@@ -477,20 +481,17 @@ class HyperTrainingSearchCV(BaseSearchCV):
         known = next((tried for values, tried in tries if values is chosen), None)
         return None if chosen is first else own, chosen, self._make_task(), known
 
-    def _choices(self) -> dict[str, list[Any]]:
-        """What has a list of values, and no gradient."""
+    def _split(self) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+        """What has a list of values and no gradient, and the rest of the space."""
         net, prefix = net_of(self.estimator), prefix_of(self.estimator)
-        tuned = {prefix + name for name in (*net.loss_names, net.rate_name or "")}
-        return split(self.param_distributions, tuned)[0]
+        return split(self.param_distributions, {prefix + name for name in (*net.loss_names, net.rate_name or "")})
 
     def _make_task(self) -> Task:
         """What is to be trained; refuses what cannot be."""
         net, prefix = net_of(self.estimator), prefix_of(self.estimator)
-        choices = self._choices()
-        ranges = {name: d for name, d in self.param_distributions.items() if name not in choices}
+        choices, ranges = self._split()
         space = of_net(net, Space.from_distributions(ranges, prefix))
         settings = self._settings()
-        check_choices(type(self.estimator).__name__, settings, choices, space, prefix)
         check_settings(type(self.estimator).__name__, settings, space, prefix)
         check_names(net, space)
         tried = [h.name for h in space.hyperparameters if h.is_rate] + [*choices]

@@ -44,24 +44,51 @@ def of_net(net: Net, space: Space) -> Space:
 
 
 def check_choices(
-    owner: str, settings: Mapping[str, Any], choices: Mapping[str, Any], space: Space, prefix: str
+    owner: str,
+    settings: Mapping[str, Any],
+    choices: Mapping[str, Any],
+    ranges: Mapping[str, Any],
+    net: Net,
+    prefix: str,
 ) -> None:
-    """Refuse lists for what the estimator has no parameter for, for the net as a whole, and beside a weight for each row.
+    """Refuse lists of values where they cannot be compared, by name, before anything is computed.
 
-    The parameters and errors are those of :func:`check_settings`, with the names of ``choices``.
+    Parameters
+    ----------
+    owner, settings, prefix
+        As for :func:`check_settings`.
+    choices : mapping from str to list
+    ranges : mapping from str to object
+        The rest of the space.
+    net : Net
+
+    Raises
+    ------
+    ValueError
+        For what the estimator has no parameter for, for a net as a whole, for skorch nets, beside a weight for each row, and where there
+        is nothing else to tune.
     """
     for name in choices:
         where = f"param_distributions[{name!r}]"
         if name not in settings:
             raise ValueError(f"{where}: {owner} has no such parameter; {_hint(name, settings)}")
-        if f"{name}__" == prefix:
-            raise ValueError(
-                f"{where}: values are compared for the parameters of a net, and not whole nets: give these to {OUTER}."
+        rows = f"{prefix}sample_weight" in ranges
+        if f"{name}__" == prefix or net.rate_name is None or rows:
+            beside = (
+                " beside a weight for each row"
+                if rows
+                else " of whole nets"
+                if f"{name}__" == prefix
+                else " of skorch nets"
             )
-        if any(h.grain == "row" for h in space.hyperparameters):
             raise ValueError(
-                f"{where}: values are not compared beside a weight for each row. Set it on the estimator, or give it to {OUTER}."
+                f"{where}: a list of values is not compared{beside}. Set it on the estimator, or give it to {OUTER}."
             )
+    if choices and not ranges:
+        raise ValueError(
+            f"param_distributions has nothing but lists, for {sorted(choices)}: GridSearchCV tries them all. Here they are compared beside what gradients "
+            f"tune: give that, too, such as {prefix + 'weight_decay'!r}: loguniform(1e-6, 1e1)."
+        )
 
 
 def _hint(name: str, settings: Mapping[str, Any]) -> str:

@@ -221,7 +221,7 @@ def test_a_subclass_without_a_learning_rate_of_its_own_says_what_its_response_kn
             super().__init__(MLP((4,)), weight_decay=weight_decay, max_epochs=max_epochs, random_state=random_state)
 
     found = search(Mine(), {"weight_decay": loguniform(1e-6, 1e1)}).fit(*iris)
-    with pytest.raises(ValueError, match=r"'lr': this best response is a function of \['weight_decay'\]\.$"):
+    with pytest.raises(ValueError, match=r"'lr': this best response is a function of \['weight_decay'\] alone\.$"):
         found.best_response_.validation_loss({"lr": 0.1})
 
 
@@ -232,7 +232,7 @@ def test_the_response_is_that_of_one_learning_rate(iris):
     assert response.estimator_at().lr == found.history_["lr"]
     with pytest.raises(
         ValueError,
-        match=r"'lr': this best response is a function of \['weight_decay', 'module__dropout'\] at one learning rate",
+        match=r"'lr': this best response is a function of \['weight_decay', 'module__dropout'\] alone; it was learned at",
     ):
         response.validation_loss({"lr": 0.01})
     lam, losses = response.verified  # of the candidates with this rate alone: not the estimator's own
@@ -243,7 +243,7 @@ def test_the_response_is_that_of_one_learning_rate(iris):
 
 
 def test_where_the_learning_rate_was_right_all_candidates_tell_how_far_the_response_is_off(iris, monkeypatch):
-    monkeypatch.setattr("hypertune.search.screen_rate", lambda task: task.current)
+    monkeypatch.setattr("hypertune.search.screen_rate", lambda task, tried: task.current)
     found = search().fit(*iris)
     assert len(found.best_response_.verified[1]) == len(
         {"tuned", "middle", "start", "own"} & {*found.cv_results_["candidate"]}

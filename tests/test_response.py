@@ -36,7 +36,7 @@ def test_the_best_response_answers_at_any_setting(fitted, iris):
         k: tuple(p.shape) for k, p in net.module_.named_parameters()
     }
     with pytest.raises(
-        ValueError, match=r"'lr': this best response is a function of \[.*\] at one learning rate, 0.01"
+        ValueError, match=r"'lr': this best response is a function of \[.*\] alone; it was learned at 0.01"
     ):
         response.validation_loss({"lr": 0.1})
     with pytest.raises(ValueError, match="outside its declared range"):
@@ -159,7 +159,7 @@ def test_without_a_linear_response_or_candidates_there_is_no_band(iris):
     with pytest.raises(ValueError, match=r"between 0 and 1, got 1\.5"):
         response().validation_band("weight_decay", [0.1], coverage=1.5)
     with pytest.raises(
-        ValueError, match=r"'lr': this best response is a function of \[.*\] at one learning rate, 0.01"
+        ValueError, match=r"'lr': this best response is a function of \[.*\] alone; it was learned at 0.01"
     ):
         response().validation_band("lr", [0.1])
 

@@ -71,7 +71,7 @@ def test_values_of_a_batch_keep_its_shape():
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ([0.1, 0.2], r"param_distributions\['x'\]: a list of choices has no gradient.*outer search"),
+        ([0.1, 0.2], r"param_distributions\['x'\]: it has a gradient, and no need of a list: give its range"),
         (randint(1, 5), r"\['x'\].*not a continuous distribution.*outer search"),
         (IntDistribution(1, 5), r"\['x'\].*discrete.*outer search"),
         (CategoricalDistribution(["a", "b"]), r"\['x'\].*discrete.*outer search"),

@@ -1,0 +1,277 @@
+"""Lists of values in the space: compared first, trained with the best, and verified beside the estimator's own."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from optuna.distributions import CategoricalDistribution, IntDistribution
+from scipy.stats import loguniform, randint, uniform
+from sklearn.base import clone
+from sklearn.datasets import load_digits
+from sklearn.decomposition import PCA
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import MinMaxScaler, StandardScaler
+from torch import nn
+
+from hypertune import MLP, HyperTrainingSearchCV, check_hypergradient, per_layer
+from hypertune.choices import choose, own_values, split
+from hypertune.optuna import to_study
+from tests.searches import assert_scores_are_those_of_own_fits
+from tests.test_retraining import NET
+
+PRIOR = loguniform(1e-6, 1e1)
+SPACE = {"weight_decay": PRIOR, "module__hidden": [(1,), (16,), (8, 8)], "batch_size": (32, 64)}
+
+
+def search(net=NET, space=SPACE, **params) -> HyperTrainingSearchCV:
+    return HyperTrainingSearchCV(net, space, **{"cv": 3, "random_state": 0, "error_score": "raise", **params})
+
+
+@pytest.fixture(scope="module")
+def found(iris):
+    """From a hidden layer of one unit."""
+    net = clone(NET).set_params(module__hidden=(1,), weight_decay=0.0)
+    return search(net, SPACE | {"lr": loguniform(1e-3, 1e-1)}, scoring="neg_log_loss").fit(*iris)
+
+
+# --- the choice ---------------------------------------------------------------------------------------------------------------
+
+
+def test_what_has_a_list_is_told_from_what_has_a_range():
+    prior = uniform(0, 1)
+    lists = {"a": [1, 2], "b": (None, "x"), "c": np.array([1, 2]), "d": range(2), "e": CategoricalDistribution([3, 4])}
+    choices, ranges = split({**lists, "f": prior, "g": per_layer(prior), "h": [0.1]}, tuned={"h"})
+    assert choices == {"a": [1, 2], "b": [None, "x"], "c": [1, 2], "d": [0, 1], "e": [3, 4]}
+    assert all(type(value) is int for value in choices["c"])
+    assert list(ranges) == ["f", "g", "h"]
+    with pytest.raises(ValueError, match=r"\['a'\] is empty"):
+        split({"a": []})
+
+
+def test_the_own_value_is_the_estimators_or_else_the_first():
+    scaler = StandardScaler()
+    choices = {"a": [1, 2], "b": [(8,), (16, 16)], "c": [np.zeros(2), np.ones(2)], "d": [MinMaxScaler(), scaler]}
+    own = own_values(choices, {"a": 2, "b": [16, 16], "c": np.arange(2), "d": scaler})
+    assert own["a"] == 2
+    assert own["b"] == (16, 16)
+    assert own["c"] is choices["c"][0]
+    assert own["d"] is scaler
+    assert own_values(choices, {"a": 3, "b": 16, "c": None, "d": None})["b"] == (8,)
+
+
+def losses_of(table, seen):
+    def losses_at(values):
+        seen.append(tuple(values.values()))
+        return None if table[seen[-1]] is None else torch.tensor(table[seen[-1]], dtype=torch.float64)
+
+    return losses_at
+
+
+def test_one_parameter_follows_the_other_at_the_best_of_the_one_before():
+    table = {(1, "x"): [3.0], (0, "x"): [4.0], (2, "x"): [2.0], (2, "y"): [1.0], (2, "z"): [1.5]}
+    seen = []
+    choices = {"a": [0, 1, 2], "b": ["x", "y", "z"]}
+    assert choose(choices, {"a": 1, "b": "x"}, losses_of(table, seen)) == {"a": 2, "b": "y"}
+    assert seen == [(1, "x"), (0, "x"), (2, "x"), (2, "y"), (2, "z")]  # each once
+
+
+def test_on_several_folds_a_value_is_left_for_a_gain_of_more_than_its_standard_error():
+    own = {"a": 0}
+    for gain, left in [([0.3, 0.1, 0.16], True), ([0.3, -0.1, 0.0], False), ([0.0, 0.0, 0.0], False)]:
+        table = {(0,): [1.0, 1.0, 1.0], (1,): [1.0 - g for g in gain]}
+        assert choose({"a": [0, 1]}, own, losses_of(table, [])) == {"a": int(left)}
+    # the folds that both were tried on: the first one
+    assert choose({"a": [0, 1]}, own, losses_of({(0,): [1.0, 9.0, 9.0], (1,): [1.1]}, [])) == own
+    assert choose({"a": [0, 1]}, own, losses_of({(0,): [1.0, 0.0, 0.0], (1,): [0.9]}, [])) == {"a": 1}
+
+
+def test_what_diverged_is_left_and_what_cannot_be_tried_leaves_all():
+    inf = float("inf")
+    assert choose({"a": [0, 1]}, {"a": 0}, losses_of({(0,): [1.0, 1.0], (1,): [0.1, inf]}, [])) == {"a": 0}
+    assert choose({"a": [0, 1]}, {"a": 0}, losses_of({(0,): [inf, inf], (1,): [0.1, 0.1]}, [])) == {"a": 1}
+    assert choose({"a": [0, 1]}, {"a": 0}, losses_of({(0,): None}, [])) is None
+    assert choose({"a": [0, 1]}, {"a": 0}, losses_of({(0,): [1.0], (1,): None}, [])) is None
+
+
+# --- the search ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_net_that_is_too_small_gets_the_better_layers(found, iris):
+    X, y = iris
+    assert found.best_params_["module__hidden"] in [(16,), (8, 8)]
+    assert found.best_params_["batch_size"] in (32, 64)
+    assert found.history_["module__hidden"] == found.best_params_["module__hidden"]
+    results = found.cv_results_
+    assert {"tuned", "own"} <= {*results["candidate"]}
+    own = results["params"][list(results["candidate"]).index("own")]
+    assert own == {
+        "module__hidden": (1,), "batch_size": 32, "lr": pytest.approx(NET.lr), "weight_decay": pytest.approx(1e-6),
+    }  # fmt: skip
+    assert all(params.keys() == own.keys() for params in results["params"])
+    assert results["mean_test_score"].max() > results["mean_test_score"][list(results["candidate"]).index("own")]
+    again = clone(found.estimator).set_params(**found.best_params_).fit(X, y)
+    np.testing.assert_array_equal(again.predict_proba(X), found.predict_proba(X))
+    assert found.best_response_.estimator_at().get_params()["module__hidden"] == found.history_["module__hidden"]
+    with pytest.raises(ValueError, match=r"'batch_size': this best response is .* alone; it was learned at (32|64)"):
+        found.best_response_.weights({"batch_size": 32})
+
+
+def test_scores_are_those_of_own_fits(found, iris):
+    assert_scores_are_those_of_own_fits(found, *iris, rel=1e-4)
+
+
+def test_nothing_of_the_users_is_changed_and_the_same_seed_gives_the_same(found, iris):
+    assert found.estimator.module.hidden == (1,)
+    assert found.estimator.batch_size == NET.batch_size
+    assert found.param_distributions["module__hidden"] == [(1,), (16,), (8, 8)]
+    again = clone(found).fit(*iris)
+    assert again.best_params_ == found.best_params_
+    assert again.best_score_ == found.best_score_
+
+
+def test_where_the_own_values_are_kept_there_is_one_own_row(iris):
+    net = clone(NET).set_params(module__hidden=(16,), batch_size=32)
+    kept = search(net, SPACE | {"module__hidden": [(16,), [1]], "batch_size": [32]}).fit(*iris)
+    alone = search(net, {"weight_decay": PRIOR}).fit(*iris)
+    assert list(kept.cv_results_["candidate"]) == list(alone.cv_results_["candidate"])
+    assert {params["module__hidden"] for params in kept.cv_results_["params"]} == {(16,)}
+    np.testing.assert_array_equal(kept.cv_results_["mean_test_score"], alone.cv_results_["mean_test_score"])
+    np.testing.assert_array_equal(kept.history_["weight_decay"], alone.history_["weight_decay"])
+
+
+def test_a_value_outside_the_list_is_never_returned(iris):
+    found = search(clone(NET).set_params(batch_size=16), SPACE).fit(*iris)
+    assert {params["batch_size"] for params in found.cv_results_["params"]} <= {32, 64}
+
+
+def test_steps_of_a_pipeline_have_choices_too():
+    X, y = load_digits(return_X_y=True)
+    model = make_pipeline(StandardScaler(), PCA(2), clone(NET).set_params(max_epochs=20))
+    space = {"torchclassifier__weight_decay": PRIOR, "pca__n_components": [2, 30], "standardscaler": [StandardScaler(), MinMaxScaler()]}  # fmt: skip
+    found = search(model, space).fit(X[:400], y[:400])
+    assert found.best_estimator_[1].n_components_ == 30
+    assert found.best_estimator_[-1].n_features_in_ == 30
+    assert model[1].n_components == 2
+    assert not hasattr(space["standardscaler"][0], "mean_")
+    assert found.score(X[400:800], y[400:800]) > 0.7  # with 2 components less than 0.5
+
+
+def test_values_of_a_finer_grain_are_those_of_the_layers_that_were_chosen(iris):
+    net = clone(NET).set_params(module__hidden=(1,))
+    found = search(net, {"weight_decay": per_layer(PRIOR), "module__hidden": [(1,), (16, 16)]}).fit(*iris)
+    layers = {name: len(params["weight_decay"]) for name, params in zip(found.cv_results_["candidate"], found.cv_results_["params"], strict=True)}  # fmt: skip
+    assert layers["tuned"] == 3
+    assert layers["own"] == 2
+    assert found.best_params_["module__hidden"] == (16, 16)
+    assert len(to_study(found).trials[0].params) == 3 + 1
+
+
+def test_larger_models_and_those_that_cannot_be_stacked_are_compared_one_by_one(iris):
+    class Odd(nn.Module):
+        def __init__(self, n_features_in, n_outputs, *, width=1):
+            super().__init__()
+            self.a, self.b = nn.Linear(n_features_in, width), nn.Linear(width, n_outputs)
+
+        def forward(self, x):
+            h = self.a(x)
+            return self.b(h.relu() if h.sum() > -1e9 else h)  # branches on data
+
+    for module, name, values in [(Odd, "width", [1, 16]), (MLP(hidden=(1,)), "hidden", [(1,), (400, 400)])]:
+        net = clone(NET).set_params(module=module, max_epochs=20)
+        with pytest.warns(UserWarning, match="one after the other") if module is Odd else _nothing():
+            found = search(net, {"weight_decay": PRIOR, f"module__{name}": values}, cv=2).fit(*iris)
+        assert found.best_params_[f"module__{name}"] == values[1]
+
+
+class _nothing:
+    def __enter__(self):
+        return None
+
+    def __exit__(self, *_):
+        return False
+
+
+class Counting:
+    """A criterion that counts its calls."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, outputs, y):
+        self.calls += 1
+        return nn.functional.cross_entropy(outputs, y, reduction="none")
+
+
+def test_they_stay_where_short_trainings_would_not_be_those_of_fits(iris):
+    net = clone(NET).set_params(criterion=Counting(), module__hidden=(1,), max_epochs=5)
+    with pytest.warns(UserWarning, match=r"'module__hidden': \(1,\).* are left as they are"):
+        found = search(net).fit(*iris)
+    assert {params["module__hidden"] for params in found.cv_results_["params"]} == {(1,)}
+
+
+def test_a_length_is_chosen_and_the_hyper_training_has_it(iris):
+    net = clone(NET).set_params(max_epochs=1)
+    found = search(net, {"weight_decay": PRIOR, "max_epochs": [1, 40], "optimizer": ["adam", "sgd"]})
+    assert found.fit(*iris).best_params_["max_epochs"] == 40
+    assert found.history_["epoch"][-1] == 40
+
+
+def test_it_goes_into_a_study_and_around_it_a_grid(found, iris):
+    study = to_study(found)
+    best = study.best_params
+    assert best["module__hidden"] == repr(found.best_params_["module__hidden"])
+    assert best["batch_size"] == found.best_params_["batch_size"]
+    assert study.trials[0].distributions["module__hidden"] == CategoricalDistribution(["(1,)", "(16,)", "(8, 8)"])
+    changed = clone(found)
+    vars(changed).update({name: value for name, value in vars(found).items() if name.endswith("_")})
+    changed.param_distributions = SPACE | {"batch_size": [128]}
+    assert to_study(changed).best_params["batch_size"] == best["batch_size"]
+    outer = GridSearchCV(search(clone(NET).set_params(max_epochs=3), cv=2), {"max_epochs": [2]}, cv=2).fit(*iris)
+    assert outer.best_estimator_.best_params_.keys() == SPACE.keys()
+
+
+# --- refusals -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("net", "space", "params", "message"),
+    [
+        (NET, {"batch_size": [32, 64]}, {}, r"nothing but lists, for \['batch_size'\].*'weight_decay': loguniform"),
+        (NET, SPACE, {"start": "estimator"}, r"\['module__hidden'\].*trying some values first.*start='screened'"),
+        (NET, SPACE, {"evaluate": "hypernetwork"}, r"\['module__hidden'\].*evaluate='retrain'"),
+        (NET, SPACE | {"batchsize": [1]}, {}, r"\['batchsize'\]: .* no such parameter; did you mean .*'batch_size'"),
+        (NET, SPACE | {"sample_weight": uniform(0, 2)}, {}, r"\['module__hidden'\].*beside a weight for each row"),
+        (NET, SPACE | {"weight_decay": [0.1, 1.0]}, {}, r"\['weight_decay'\]: it has a gradient.*loguniform"),
+        (NET, SPACE | {"lr": [0.1, 1.0]}, {}, r"\['lr'\]: it has a gradient.*loguniform"),
+        (NET, SPACE | {"batch_size": randint(8, 64)}, {}, r"\['batch_size'\].*give a list of values to compare"),
+        (
+            NET,
+            SPACE | {"batch_size": IntDistribution(8, 64)},
+            {},
+            r"\['batch_size'\].*give a list of values to compare",
+        ),
+        (
+            make_pipeline(StandardScaler(), NET),
+            {"torchclassifier__weight_decay": PRIOR, "torchclassifier": [NET]},
+            {},
+            r"\['torchclassifier'\]: .*of whole nets",
+        ),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(iris, net, space, params, message):
+    with pytest.raises(ValueError, match=message):
+        search(net, space, **params).fit(*iris)
+
+
+def test_a_value_at_which_nothing_can_be_tuned_is_named(iris):
+    space = {"module__dropout": uniform(0, 0.5), "module__hidden": [(16,), ()]}
+    with pytest.raises(ValueError, match="module__dropout") as refused:
+        search(clone(NET).set_params(module__hidden=(16,)), space).fit(*iris)
+    assert refused.value.__notes__ == ["This was with {'module__hidden': ()}."]
+
+
+def test_a_hypergradient_is_checked_without_them(iris):
+    with pytest.raises(ValueError, match="check_hypergradient sets 'hypernetwork'"):
+        check_hypergradient(search(), *iris)
