@@ -79,18 +79,14 @@ def choose(
     dict or None
         What ``losses_at`` was called with, ``own`` itself if nothing is better; None if losses could not be had.
     """
-    best, losses = own, losses_at(own)
-    for name, values in choices.items():
-        for value in values:
-            if losses is None:
-                return None
-            if same(value, best[name]) or same(value, own[name]):
-                continue
-            others = losses_at(best | {name: value})
-            if others is None:
-                return None
-            if _better(others, losses):
-                best, losses = best | {name: value}, others
+    others = [(name, value) for name, values in choices.items() for value in values if not same(value, own[name])]
+    best, losses = own, losses_at(own) if others else None
+    for name, value in others:
+        new = best | {name: value}
+        if losses is None or (found := losses_at(new)) is None:
+            return None
+        if _better(found, losses):
+            best, losses = new, found
     return best
 
 

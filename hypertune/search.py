@@ -25,6 +25,7 @@ from sklearn.utils import get_tags
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.validation import _num_samples, indexable
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from hypertune.base import TorchEstimator
 from hypertune.callbacks import epochs
@@ -412,7 +413,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
                 break
             response, history = tune(task, start=again, grain_scale=grain_scale)
         rate = {h.name: whole.space.decode(rated)[h.name] for h in whole.space.hyperparameters if h.is_rate}
-        self.history_ = history | {"grain_scale": grain_scale} | rate | chosen
+        self.history_ = history | {"grain_scale": grain_scale} | rate
         if self.evaluate == "hypernetwork":
             self.best_response_ = response
             self._known.append(response)
@@ -454,8 +455,11 @@ class HyperTrainingSearchCV(BaseSearchCV):
         tries: list[tuple[dict[str, Any], Tried]] = []
         first = own_values(choices, settings)
 
+        progress = tqdm(total=1 + sum(len(v) - 1 for v in choices.values()), desc="values", disable=self.verbose <= 0)
+
         def losses_at(values: dict[str, Any]) -> Tensor | None:
             nonlocal own
+            progress.update()
             self.estimator.set_params(**values)
             try:
                 task = self._make_task()
@@ -469,7 +473,9 @@ class HyperTrainingSearchCV(BaseSearchCV):
             tries.append((values, tried))
             return tried.losses
 
-        if (chosen := choose(choices, first, losses_at)) is None:
+        with progress:
+            chosen = choose(choices, first, losses_at)
+        if chosen is None:
             chosen = first
             warnings.warn(
                 f"{first} are left as they are: trainings to compare others would not be those of fits. A function of yours changes from call to call, "

@@ -15,7 +15,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MinMaxScaler, StandardScaler
 from torch import nn
 
-from hypertune import MLP, HyperTrainingSearchCV, check_hypergradient, per_layer
+from hypertune import MLP, HyperTrainingSearchCV, check_hypergradient, model_factory, per_layer
 from hypertune.choices import choose, own_values, split
 from hypertune.optuna import to_study
 from tests.searches import assert_scores_are_those_of_own_fits
@@ -87,6 +87,10 @@ def test_on_several_folds_a_value_is_left_for_a_gain_of_more_than_its_standard_e
     assert choose({"a": [0, 1]}, own, losses_of({(0,): [1.0, 0.0, 0.0], (1,): [0.9]}, [])) == {"a": 1}
 
 
+def test_where_there_is_nothing_to_compare_nothing_is_tried():
+    assert choose({"a": [1], "b": [[2, 3], (2, 3)]}, {"a": 1, "b": (2, 3)}, None) == {"a": 1, "b": (2, 3)}
+
+
 def test_what_diverged_is_left_and_what_cannot_be_tried_leaves_all():
     inf = float("inf")
     assert choose({"a": [0, 1]}, {"a": 0}, losses_of({(0,): [1.0, 1.0], (1,): [0.1, inf]}, [])) == {"a": 0}
@@ -102,8 +106,9 @@ def test_a_net_that_is_too_small_gets_the_better_layers(found, iris):
     X, y = iris
     assert found.best_params_["module__hidden"] in [(16,), (8, 8)]
     assert found.best_params_["batch_size"] in (32, 64)
-    assert found.history_["module__hidden"] == found.best_params_["module__hidden"]
     results = found.cv_results_
+    tuned = results["params"][0]
+    assert tuned["module__hidden"] in [(16,), (8, 8)]
     assert {"tuned", "own"} <= {*results["candidate"]}
     own = results["params"][list(results["candidate"]).index("own")]
     assert own == {
@@ -113,7 +118,7 @@ def test_a_net_that_is_too_small_gets_the_better_layers(found, iris):
     assert results["mean_test_score"].max() > results["mean_test_score"][list(results["candidate"]).index("own")]
     again = clone(found.estimator).set_params(**found.best_params_).fit(X, y)
     np.testing.assert_array_equal(again.predict_proba(X), found.predict_proba(X))
-    assert found.best_response_.estimator_at().get_params()["module__hidden"] == found.history_["module__hidden"]
+    assert found.best_response_.estimator_at().get_params()["module__hidden"] == tuned["module__hidden"]
     with pytest.raises(ValueError, match=r"'batch_size': this best response is .* alone; it was learned at (32|64)"):
         found.best_response_.weights({"batch_size": 32})
 
@@ -233,6 +238,23 @@ def test_it_goes_into_a_study_and_around_it_a_grid(found, iris):
 
 
 # --- refusals -----------------------------------------------------------------------------------------------------------------
+
+
+def test_architectures_are_compared_as_factories(iris):
+    """Classes, functions and factories of one's own; the keyword that is tuned is each one's."""
+
+    class Deep(nn.Sequential):
+        def __init__(self, n_features_in, n_outputs, *, dropout=0.2):
+            super().__init__(nn.Linear(n_features_in, 16), nn.ReLU(), nn.Dropout(dropout), nn.Linear(16, n_outputs))
+
+    factories = [MLP(hidden=(1,), dropout=0.1), MLP(hidden=(16,)), model_factory(Deep)]
+    net = clone(NET).set_params(module=factories[0], max_epochs=20)
+    space = {"module__dropout": uniform(0, 0.5), "weight_decay": PRIOR, "module": factories}
+    found = search(net, space).fit(*iris)
+    assert found.best_params_["module"].get_params() != factories[0].get_params()
+    assert [factory.get_params().get("dropout") for factory in factories] == [0.1, 0.0, 0.2]
+    assert_scores_are_those_of_own_fits(found, *iris, rel=1e-4)
+    assert "own" in found.cv_results_["candidate"]
 
 
 @pytest.mark.parametrize(
