@@ -59,12 +59,13 @@ class HyperTrainingSearchCV(BaseSearchCV):
     ----------
     estimator : TorchClassifier, TorchRegressor, skorch net, or a Pipeline that ends in one
         Earlier steps of a Pipeline are fitted inside each fold.
-    param_distributions : dict from str to distribution
+    param_distributions : dict from str to distribution or list
         Parameter names, as in ``RandomizedSearchCV``, with continuous distributions: frozen ones of ``scipy.stats``
         (``loguniform``, ``uniform``, ...) or ``optuna.distributions.FloatDistribution``. What can be tuned:
         ``weight_decay``, ``l1``, ``input_noise``, ``label_smoothing``, ``mixup``, ``sample_weight``, the keywords of a ``penalty``
         and an ``augment`` function, and every ``module__…`` keyword that sets a dropout rate or another number which only training
-        reads; and beside one of these ``lr``, of which some values are tried before. The penalties may have a value for each layer, unit, weight or feature, with
+        reads; and beside one of these ``lr``, of which some values are tried before, and lists of values of any other parameter of the estimator, of
+        which the best are chosen before. The penalties may have a value for each layer, unit, weight or feature, with
         :func:`per_layer`, :func:`per_unit`, :func:`per_weight`, :func:`per_feature` around the distribution. Of a skorch net ``optimizer__weight_decay``, ``criterion__label_smoothing`` and ``module__…``.
     algorithm : {"auto", "joint", "global", "simplified", "implicit", "t1t2", "unrolled", "forward", "hybrid"} or instance, \
             default="auto"
@@ -83,7 +84,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
         Screened are small models that can be stacked; and, if a logarithmic hyperparameter is tuned, those with BatchNorm that are
         larger or cannot be stacked, on one fold. Not with ``evaluate="hypernetwork"``, ``algorithm="global"``, skorch nets or ``sample_weight``. "screened" also
         begins again, with less regularisation, where nothing but a constant prediction was left at the end. "estimator" verifies the tuned
-        setting and the estimator's own only. An ``lr`` in the space needs "screened".
+        setting and the estimator's own only. An ``lr`` or a list in the space needs "screened".
     evaluate : {"retrain", "hypernetwork"}, default="retrain"
         How the candidates are scored: by retraining each from scratch on every fold, or (the paper's return value, for
         the tuned setting only) by the weights that the hypernetwork gives, which retrains nothing.
