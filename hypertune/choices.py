@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral, Number
 from typing import Any
 
+import joblib
 import numpy as np
+import torch
 from optuna.distributions import CategoricalDistribution
 from torch import Tensor
 
@@ -23,7 +26,7 @@ Values = dict[str, Any]
 def split(
     param_distributions: Mapping[str, Any], tuned: Iterable[str] = ()
 ) -> tuple[dict[str, list[Any]], dict[str, Any]]:
-    """What a value is chosen for (lists, tuples, arrays, ``CategoricalDistribution``), and what has a range; both by name.
+    """What a value is chosen for (lists, tuples, arrays, ranges, ``CategoricalDistribution``), and what has a range; both by name.
 
     ``tuned`` are names that are no choices whatever they have: a gradient tunes them. Raises ValueError for an empty list.
     """
@@ -33,7 +36,7 @@ def split(
             continue
         if isinstance(values, CategoricalDistribution):
             values = values.choices
-        if isinstance(values, (list, tuple, range)) or (isinstance(values, np.ndarray) and values.ndim == 1):
+        if isinstance(values, (list, tuple, range)) or (isinstance(values, np.ndarray) and values.ndim):
             choices[name] = values.tolist() if isinstance(values, np.ndarray) else list(values)
             if not choices[name]:
                 raise ValueError(f"param_distributions[{name!r}] is empty: there is nothing to choose from.")
@@ -49,18 +52,33 @@ def own_values(choices: Mapping[str, list[Any]], settings: Mapping[str, Any]) ->
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two values of a parameter are equal; a list and a tuple of the same numbers are."""
+    """Whether two values of a parameter are the same: equal numbers of one kind, sequences of such, or objects that are pickled alike."""
+    if one is other:
+        return True
     if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
         return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, Number) and isinstance(other, Number):
+        kinds = (bool, np.bool_), Integral
+        return one == other and all(isinstance(one, kind) == isinstance(other, kind) for kind in kinds)
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
     try:
-        return one is other or bool(one == other)
-    except (ValueError, TypeError):  # arrays
+        return type(one) is type(other) and joblib.hash(one) == joblib.hash(other)
+    except Exception:  # what cannot be pickled is the same as itself alone
         return False
 
 
-def choose(
-    choices: Mapping[str, list[Any]], own: Values, losses_at: Callable[[Values], Tensor | None]
-) -> Values | None:
+def alternatives(choices: Mapping[str, list[Any]], own: Values) -> list[tuple[str, Any]]:
+    """All values but the own ones, each once, with their names."""
+    found: list[tuple[str, Any]] = []
+    for name, values in choices.items():
+        for value in values:
+            if not any(same(value, known) for known in [own[name], *(v for k, v in found if k == name)]):
+                found.append((name, value))
+    return found
+
+
+def choose(choices: Mapping[str, list[Any]], own: Values, losses_at: Callable[[Values], Tensor | None]) -> Values:
     """The best values, one parameter after the other, the others being the best so far.
 
     A value is left for another if that is better: on several folds, by more than one standard error of their differences. Compared are
@@ -76,16 +94,15 @@ def choose(
 
     Returns
     -------
-    dict or None
-        What ``losses_at`` was called with, ``own`` itself if nothing is better; None if losses could not be had.
+    dict
+        What ``losses_at`` was called with; ``own`` itself if nothing is better, or its losses cannot be had.
     """
-    others = [(name, value) for name, values in choices.items() for value in values if not same(value, own[name])]
+    others = alternatives(choices, own)
     best, losses = own, losses_at(own) if others else None
-    for name, value in others:
+    for name, value in others if losses is not None else ():
         new = best | {name: value}
-        if losses is None or (found := losses_at(new)) is None:
-            return None
-        if _better(found, losses):
+        found = losses_at(new)
+        if found is not None and losses is not None and _better(found, losses):
             best, losses = new, found
     return best
 

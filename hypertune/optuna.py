@@ -1,6 +1,6 @@
 """A fitted search as an Optuna study: for Optuna's pictures, its dashboard and storages, and to go on with its samplers.
 
-What the search cannot tune well is for an outer study, in which each trial is a whole search: docs/choosing.md.
+An outer study, in which each trial is a whole search, is in docs/choosing.md.
 """
 
 from __future__ import annotations
@@ -113,6 +113,7 @@ def _trial(
 
 def _category(value: Any) -> Any:
     """A value of a list, as Optuna stores it."""
+    value = value.item() if isinstance(value, np.generic) else value
     return value if value is None or isinstance(value, (bool, int, float, str)) else repr(value)
 
 

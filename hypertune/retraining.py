@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from hypertune.arrays import fingerprint
 from hypertune.base import TorchEstimator
 from hypertune.batches import Batch, Minibatches, Rows
+from hypertune.choices import same
 from hypertune.folds import Fold
 from hypertune.functions import state_of
 from hypertune.memory import Memory
@@ -60,6 +62,8 @@ class Retrained:
         A fold that lacks a class is fitted alone, with fewer outputs.
     seed : int
         Of initial weights, minibatches and noise.
+    chosen : mapping from str to value
+        What the net's parameters with lists of values had, by their own names.
     """
 
     space: Space
@@ -71,6 +75,7 @@ class Retrained:
     settings: dict[str, Any]
     n_outputs: int
     seed: int
+    chosen: Mapping[str, Any] = field(default_factory=dict)
 
     def validation_losses(self, folds: list[Fold]) -> Tensor:
         """Mean over folds of :meth:`fold_losses`, (C,)."""
@@ -92,7 +97,10 @@ class Retrained:
             return False
         if plain_settings(net, {h.own for h in self.space.hyperparameters}) != self.settings:
             return False
-        lam = self.space.encode(self.space.from_net(net.get_params()))
+        params = net.get_params()
+        if not all(same(params[name], value) for name, value in self.chosen.items()):
+            return False
+        lam = self.space.encode(self.space.from_net(params))
         found = torch.isclose(self.lam, lam, rtol=1e-9, atol=1e-9).all(dim=1).nonzero()
         if not len(found):
             return False

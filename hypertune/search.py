@@ -9,10 +9,11 @@ that it started from, the middle between them, the estimator's own, and what may
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self, get_args
@@ -30,7 +31,7 @@ from tqdm.auto import tqdm
 from hypertune.base import TorchEstimator
 from hypertune.callbacks import epochs
 from hypertune.candidates import distinct, retrain_candidates
-from hypertune.choices import choose, own_values, split
+from hypertune.choices import alternatives, choose, own_values, split
 from hypertune.folds import DrawnOnce, Fold, last_step, make_folds, net_of, prefix_of
 from hypertune.hypergradients import Description
 from hypertune.hypernetworks import HYPERNETWORKS, Builder
@@ -40,7 +41,7 @@ from hypertune.randomness import draw_seed, gradients
 from hypertune.recipes import NAMES
 from hypertune.response import BestResponse
 from hypertune.space import Space
-from hypertune.starts import Tried, out_of_corners, restarts, screen, screen_rate, try_settings
+from hypertune.starts import Tried, out_of_corners, restarts, screen, screen_rate, screened_share, try_settings
 from hypertune.task import Task, stack
 from hypertune.training import hyper_train
 from hypertune.tunable import check_choices, check_names, check_settings, of_net
@@ -321,6 +322,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
             self.__dict__.pop(name, None)
         net = last_step(self.estimator)
         self._known: list[Known] = []
+        self._given = self.estimator
         try:
             if isinstance(net, TorchEstimator):
                 # The clones of this one look here for weights that are known already, and for the numbers of their rows.
@@ -340,7 +342,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
         finally:
             self._known.clear()  # the nets of best_response_ know the same list
             self.__dict__.update(own)
-            for name in ("_inputs", "_routed", "_known", "_callback_ctx"):
+            for name in ("_inputs", "_given", "_routed", "_known", "_callback_ctx"):
                 self.__dict__.pop(name, None)
         if hasattr(self, "best_estimator_") and isinstance(net := last_step(self.best_estimator_), TorchEstimator):
             for name in ("_known", "_row_numbers"):
@@ -430,7 +432,9 @@ class HyperTrainingSearchCV(BaseSearchCV):
             same = (lam == rated)[:, whole.space.rate].all(dim=1)
             verified = lam[same][:, ~whole.space.rate], losses[same]
         self.best_response_ = replace(response, verified=verified)
-        self._known += retrained
+        names = {name.removeprefix(prefix_of(self.estimator)): value for name, value in chosen.items()}
+        known = {name: value for name, value in names.items() if name in net_of(self.estimator).get_params()}
+        self._known += [replace(one, chosen=known) for one in retrained]
         found = {name: chosen | whole.space.decode(lam) for name, lam in candidates.items()}
         return found if own is None else found | {"own": own}
 
@@ -450,43 +454,52 @@ class HyperTrainingSearchCV(BaseSearchCV):
         choices, ranges = self._split()
         if not choices:
             return None, {}, self._make_task(), None
-        settings, (net, prefix) = self._settings(), (net_of(self.estimator), prefix_of(self.estimator))
+        net, prefix, settings = net_of(self._given), prefix_of(self._given), self._settings(self._given)
         check_choices(type(self.estimator).__name__, settings, choices, ranges, net, prefix)
-        own: dict[str, Any] | None = None
-        tries: list[tuple[dict[str, Any], Tried]] = []
-        first = own_values(choices, settings)
-
-        progress = tqdm(total=1 + sum(len(v) - 1 for v in choices.values()), desc="values", disable=self.verbose <= 0)
+        self._check_tried([*choices])
+        first, tries = own_values(choices, settings), _Tries()
 
         def losses_at(values: dict[str, Any]) -> Tensor | None:
-            nonlocal own
             progress.update()
-            self.estimator.set_params(**values)
-            try:
+            with _noted(values, but=first):
+                self._set(values)
                 task = self._make_task()
-            except (ValueError, TypeError) as error:
-                error.add_note(f"This was with {values}.")
-                raise
-            if values is first:
-                own = values | task.space.decode(task.current)
-            if (tried := try_settings(task)) is None:
+                if values is first:
+                    tries.own = values | task.space.decode(task.current)
+                    tries.share = self._share(choices, first, min(len(fold.train.x) for fold in task.folds))
+                tried = try_settings(task, tries.share, tries.seed)
+            if tried is None:
+                warnings.warn(
+                    f"{values} cannot be compared: its short trainings would not be those of fits. A function of yours changes from call to call, weights "
+                    f"have a hook, or the model is too large. {'Nothing is chosen.' if values is first else 'It is left out.'}",
+                    UserWarning,
+                    stacklevel=2,
+                )
                 return None
-            tries.append((values, tried))
+            tries.seed = tried.seed
+            tries.known.append((values, tried))
             return tried.losses
 
-        with progress:
+        total = 1 + len(alternatives(choices, first))
+        with tqdm(total=total, desc="values", disable=self.verbose <= 0) as progress:
             chosen = choose(choices, first, losses_at)
-        if chosen is None:
-            chosen = first
-            warnings.warn(
-                f"{first} are left as they are: trainings to compare others would not be those of fits. A function of yours changes from call to call, "
-                "weights have a hook, or the model is too large.",
-                UserWarning,
-                stacklevel=2,
-            )
-        self.estimator.set_params(**chosen)
-        known = next((tried for values, tried in tries if values is chosen), None)
-        return None if chosen is first else own, chosen, self._make_task(), known
+        self._set(chosen)
+        tried = next((tried for values, tried in tries.known if values is chosen), None)
+        return None if chosen is first else tries.own, chosen, self._make_task(), tried
+
+    def _set(self, values: Mapping[str, Any]) -> None:
+        """Values of lists, on our copy of the estimator; the user's objects are copied, as scikit-learn does."""
+        self.estimator.set_params(**clone(dict(values), safe=False))
+
+    def _share(self, choices: Mapping[str, list[Any]], first: dict[str, Any], rows: int) -> float:
+        """The share of a fit that is enough for each value: for that with the fewest steps."""
+        epochs, per_epoch = [], []
+        for name, value in [*first.items(), *alternatives(choices, first)]:
+            with _noted(values := first | {name: value}, but=first):
+                net = net_of(clone(self.estimator).set_params(**clone(values, safe=False)))
+            epochs.append(net.max_epochs)
+            per_epoch.append(math.ceil(rows / min(net.batch_size, rows)))
+        return screened_share(min(epochs), min(per_epoch))
 
     def _split(self) -> tuple[dict[str, list[Any]], dict[str, Any]]:
         """What has a list of values and no gradient, and the rest of the space."""
@@ -498,20 +511,22 @@ class HyperTrainingSearchCV(BaseSearchCV):
         net, prefix = net_of(self.estimator), prefix_of(self.estimator)
         choices, ranges = self._split()
         space = of_net(net, Space.from_distributions(ranges, prefix))
-        settings = self._settings()
+        settings = self._settings(self.estimator)
         check_settings(type(self.estimator).__name__, settings, space, prefix)
         check_names(net, space)
-        tried = [h.name for h in space.hyperparameters if h.is_rate] + [*choices]
-        if tried and (self.start != "screened" or self.evaluate != "retrain"):
-            raise ValueError(
-                f"param_distributions[{tried[0]!r}]: it is found by trying some values first, and by retraining: that needs start='screened' and "
-                f"evaluate='retrain' (check_hypergradient sets 'hypernetwork'), got start={self.start!r} and evaluate={self.evaluate!r}. Set it on the estimator."
-            )
+        self._check_tried([h.name for h in space.hyperparameters if h.is_rate] + [*choices])
         grains = {h.grain for h in space.hyperparameters}
         seed, folds = draw_seed(self.random_state), self._folds(grains)
         space, objective = stack(space, folds, _num_samples(self._inputs[0]), seed)
         current = space.encode({name: settings[name] for name in space.names})  # moved into the declared bounds
         return Task(space, folds, objective, current, seed)
+
+    def _check_tried(self, names: list[str]) -> None:
+        if names and (self.start != "screened" or self.evaluate != "retrain"):
+            raise ValueError(
+                f"param_distributions[{names[0]!r}]: it is found by trying some values first, and by retraining: that needs start='screened' and "
+                f"evaluate='retrain' (check_hypergradient sets 'hypernetwork'), got start={self.start!r} and evaluate={self.evaluate!r}. Set it on the estimator."
+            )
 
     def _epochs(self) -> int:
         return int(net_of(self.estimator).max_epochs if self.max_epochs is None else self.max_epochs)
@@ -552,11 +567,11 @@ class HyperTrainingSearchCV(BaseSearchCV):
         if context is not None:
             context.call_on_fit_task_end(estimator=self)
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self, estimator: Any) -> dict[str, Any]:
         """All parameters of the estimator with their current values, also those that were never set on it."""
-        prefix = prefix_of(self.estimator)
-        own = {prefix + name: value for name, value in net_of(self.estimator).get_params().items()}
-        settings = own | self.estimator.get_params()
+        prefix = prefix_of(estimator)
+        own = {prefix + name: value for name, value in net_of(estimator).get_params().items()}
+        settings = own | estimator.get_params()
         if settings.get(name := f"{prefix}sample_weight", 1.0) is None:
             settings[name] = 1.0  # what no weight means
         return settings
@@ -574,3 +589,24 @@ class HyperTrainingSearchCV(BaseSearchCV):
             pads=self.evaluate == "retrain" and not grains & {"unit", "feature", "weight"},
             by_column=bool(grains & {"feature", "weight"}),
         )
+
+
+@dataclass
+class _Tries:
+    """What is known of values of lists: the estimator's own setting, short trainings, and the share of a fit and the seed that they have in common."""
+
+    own: dict[str, Any] = field(default_factory=dict)
+    share: float = 0.0
+    seed: int | None = None
+    known: list[tuple[dict[str, Any], Tried]] = field(default_factory=list)
+
+
+@contextmanager
+def _noted(values: Mapping[str, Any], but: Mapping[str, Any]) -> Iterator[None]:
+    """Errors say with which values of lists they were, unless these are the first."""
+    try:
+        yield
+    except Exception as error:
+        if values is not but:
+            error.add_note(f"This was with {dict(values)}.")
+        raise

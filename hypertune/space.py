@@ -315,7 +315,7 @@ def _as_prior(name: str, distribution: Any) -> tuple[Any, bool]:
     raise TypeError(
         f"{where}: got {distribution!r}; expected a frozen continuous scipy.stats distribution, such as "
         "loguniform(1e-6, 1e1) or uniform(0, 0.8), or optuna.distributions.FloatDistribution, or one of them in "
-        f"{', '.join(f'per_{grain}' for grain in get_args(Grain)[:-1])}."
+        f"{', '.join(f'per_{grain}' for grain in get_args(Grain)[:-1])}; or for what has no gradient a list of values."
     )
 
 

@@ -30,7 +30,7 @@ _SCREENED_STEPS = 150  # a screening is at least so long, or as long as a fit
 _SCREENED_SHARE = 1 / 3
 _NEARLY = 1.05  # times the least loss: as good, in a screening
 _RESTARTS = 2
-_ROUNDING = 1e-9  # units of λ: a bound's logarithm may round to the wrong side of it
+_ROUNDING = 1e-9  # units of λ, or epochs: a bound's logarithm may round to the wrong side of it
 _THIRD = 1 / 3  # of the way up a distribution: out of the flat part
 
 
@@ -57,7 +57,7 @@ def screen(task: Task) -> Tensor | None:
         settings, affordable = settings[: len(line) + 1], 1
     if not affordable:
         return None
-    train, folds = _screening(task._replace(folds=folds[:affordable])), folds[:affordable]
+    train, folds = _Screening(task._replace(folds=folds[:affordable])), folds[:affordable]
     screened = []
     for some in [settings] if objective.stacked else settings.split(1):
         if (trained := train(some)) is None:
@@ -77,12 +77,14 @@ def screen(task: Task) -> Tensor | None:
 class Tried(NamedTuple):
     """Short trainings of B settings with each of R learning rates, rising; ``rates`` (R,) is empty and R = 1 if none is searched for.
 
-    ``each`` (some folds, B, R) are their validation losses, infinite where nobody looked, and ``own`` is the number of the own learning rate.
+    ``each`` (some folds, B, R) are their validation losses, infinite where nobody looked, ``own`` is the number of the own learning rate, and
+    ``seed`` that of initial weights and minibatches.
     """
 
     rates: Tensor
     each: Tensor
     own: int
+    seed: int
 
     @property
     def losses(self) -> Tensor:
@@ -91,13 +93,19 @@ class Tried(NamedTuple):
         return self.each.flatten(1)[:, int(mean.argmin())]
 
 
-def try_settings(task: Task) -> Tried | None:
+def screened_share(max_epochs: int, per_epoch: int) -> float:
+    """The share of a fit of so many steps that is enough to compare settings."""
+    return min(1.0, max(_SCREENED_SHARE, _SCREENED_STEPS / (max_epochs * per_epoch)))
+
+
+def try_settings(task: Task, share: float = 0.0, seed: int | None = None) -> Tried | None:
     """The estimator's own learning rate and five quantiles of its distribution, if it is searched for, with little and with more regularisation.
 
     A weak regularisation asks for smaller learning rates than the tuned one will. So each is tried with the other hyperparameters as they are, with the
     logarithmic ones at their medians, and with the rest at quantile 0.25, too. They are trained as in :func:`screen`, on as many folds as is cheap.
     Where not even one is, they are trained one by one on one, without the second of the three, from the own learning rate upwards, and downwards if
-    that was no better, until the loss rises. None where such a training would not be that of a fit.
+    that was no better, until the loss rises. ``share`` of a fit is the least, for what is to be compared with other nets, and ``seed`` theirs.
+    None where such a training would not be that of a fit.
     """
     space, folds, objective, current, _ = task
     rates, others = _rates(space, current), _others(space, current)
@@ -106,12 +114,13 @@ def try_settings(task: Task) -> Tried | None:
         settings[..., space.rate] = rates[:, None]
     affordable = _SCREENED // (settings[..., 0].numel() * objective.cost) if objective.stacked else 0
     own, few = int((rates < current[space.rate]).sum()), folds[: max(affordable, 1)]
-    train = _screening(task._replace(folds=few))
+    train = _Screening(task._replace(folds=few), share, seed)
     if affordable and (trained := train(settings.flatten(0, 1))) is not None:
-        return Tried(rates, trained.fold_losses(few).view(len(few), *settings.shape[:2]), own)
+        return Tried(rates, trained.fold_losses(few).view(len(few), *settings.shape[:2]), own, trained.seed)
     settings = settings[[0, -1]] if len(settings) > 1 else settings
-    each = _climbed(_screening(task._replace(folds=folds[:1])), folds[:1], settings, own)
-    return None if each is None else Tried(rates, each, own)
+    train = _Screening(task._replace(folds=folds[:1]), share, seed)
+    each = _climbed(train, folds[:1], settings, own)
+    return None if each is None or train.seed is None else Tried(rates, each, own, train.seed)
 
 
 def screen_rate(task: Task, tried: Tried | None = None) -> Tensor:
@@ -134,7 +143,7 @@ def screen_rate(task: Task, tried: Tried | None = None) -> Tensor:
             stacklevel=2,
         )
         return current
-    rates, each, own = tried
+    rates, each, own, _ = tried
     losses = each.mean(dim=0)
     if not losses.isfinite().any():
         lowest = torch.where(space.rate, rates[0], current)
@@ -201,21 +210,20 @@ def _climbed(
     return losses[None]
 
 
-def _screening(task: Task) -> Callable[[Tensor], Retrained | None]:
-    """What trains settings (C, n) for a third of a fit (at least 150 steps, at most a whole fit), all from one seed."""
-    net = task.folds[0].net
-    per_epoch = min(Minibatches([fold.train], net.batch_size, seed=0).steps_per_epoch for fold in task.folds)
-    steps = max(_SCREENED_SHARE * net.max_epochs * per_epoch, _SCREENED_STEPS)
-    epochs = min(net.max_epochs, math.ceil(steps / per_epoch))
-    seed: int | None = None
+class _Screening:
+    """Trains settings (C, n) for a third of a fit (at least 150 steps, or ``share`` of it, at most a whole fit), all from one seed."""
 
-    def train(settings: Tensor) -> Retrained | None:
-        nonlocal seed
-        trained = retrain(task, settings, epochs=epochs, seed=seed, unstacked=True)
-        seed = seed if trained is None else trained.seed
+    def __init__(self, task: Task, share: float = 0.0, seed: int | None = None):
+        net = task.folds[0].net
+        per_epoch = min(Minibatches([fold.train], net.batch_size, seed=0).steps_per_epoch for fold in task.folds)
+        steps = max(_SCREENED_SHARE * net.max_epochs * per_epoch, _SCREENED_STEPS)
+        epochs = max(math.ceil(steps / per_epoch), math.ceil(share * net.max_epochs - _ROUNDING))
+        self.task, self.epochs, self.seed = task, min(net.max_epochs, epochs), seed
+
+    def __call__(self, settings: Tensor) -> Retrained | None:
+        trained = retrain(self.task, settings, epochs=self.epochs, seed=self.seed, unstacked=True)
+        self.seed = self.seed if trained is None else trained.seed
         return trained
-
-    return train
 
 
 def out_of_corners(space: Space, current: Tensor) -> Tensor:

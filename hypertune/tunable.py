@@ -65,24 +65,25 @@ def check_choices(
     Raises
     ------
     ValueError
-        For what the estimator has no parameter for, for a net as a whole, for skorch nets, beside a weight for each row, and where there
-        is nothing else to tune.
+        For what the estimator has no parameter for, a whole net, a criterion, skorch nets, beside a weight for each row, and where there is
+        nothing else to tune.
     """
     for name in choices:
         where = f"param_distributions[{name!r}]"
         if name not in settings:
             raise ValueError(f"{where}: {owner} has no such parameter; {_hint(name, settings)}")
-        rows = f"{prefix}sample_weight" in ranges
-        if f"{name}__" == prefix or net.rate_name is None or rows:
-            beside = (
-                " beside a weight for each row"
-                if rows
-                else " of whole nets"
-                if f"{name}__" == prefix
-                else " of skorch nets"
-            )
+        why = None
+        if net.rate_name is None:
+            why = "of a skorch net none is compared"
+        elif f"{prefix}sample_weight" in ranges:
+            why = "none is compared beside a weight for each row"
+        elif f"{name}__" == prefix:
+            why = "values are compared for the parameters of a net, and not whole nets"
+        elif name == f"{prefix}criterion":
+            why = "its validation losses would be of different units"
+        if why is not None:
             raise ValueError(
-                f"{where}: a list of values is not compared{beside}. Set it on the estimator, or give it to {OUTER}."
+                f"{where}: it has a list of values, but {why}. Set it on the estimator, or give it to {OUTER}."
             )
     if choices and not ranges:
         raise ValueError(

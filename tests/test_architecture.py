@@ -99,6 +99,7 @@ ROOMS = {  # room -> the rooms that it imports from
         "arrays",
         "base",
         "batches",
+        "choices",
         "folds",
         "functions",
         "memory",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -11,12 +14,20 @@ from sklearn.base import clone
 from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
 from sklearn.model_selection import GridSearchCV
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import MinMaxScaler, StandardScaler
 from torch import nn
 
-from hypertune import MLP, HyperTrainingSearchCV, check_hypergradient, model_factory, per_layer
-from hypertune.choices import choose, own_values, split
+from hypertune import (
+    MLP,
+    HyperTrainingSearchCV,
+    TorchClassifier,
+    check_hypergradient,
+    model_factory,
+    per_layer,
+    starts,
+)
+from hypertune.choices import choose, own_values, same, split
 from hypertune.optuna import to_study
 from tests.searches import assert_scores_are_those_of_own_fits
 from tests.test_retraining import NET
@@ -53,12 +64,38 @@ def test_what_has_a_list_is_told_from_what_has_a_range():
 def test_the_own_value_is_the_estimators_or_else_the_first():
     scaler = StandardScaler()
     choices = {"a": [1, 2], "b": [(8,), (16, 16)], "c": [np.zeros(2), np.ones(2)], "d": [MinMaxScaler(), scaler]}
-    own = own_values(choices, {"a": 2, "b": [16, 16], "c": np.arange(2), "d": scaler})
+    own = own_values(choices, {"a": 2, "b": [16, 16], "c": np.ones(2), "d": StandardScaler()})
     assert own["a"] == 2
     assert own["b"] == (16, 16)
-    assert own["c"] is choices["c"][0]
+    assert own["c"] is choices["c"][1]
     assert own["d"] is scaler
+    assert own_values(choices, {"a": 2, "b": 1, "c": np.arange(2), "d": None})["c"] is choices["c"][0]
     assert own_values(choices, {"a": 3, "b": 16, "c": None, "d": None})["b"] == (8,)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ((1, 2), [1, 2]), (1, np.int64(1)), (0.5, np.float32(0.5)), (None, None), ("a", "a"), (np.ones(3), np.ones(3)),
+        (torch.ones(3), torch.ones(3)), (MLP((4,)), clone(MLP((4,)))), (torch.optim.SGD, torch.optim.SGD),
+        (partial(torch.optim.SGD, momentum=0.5), partial(torch.optim.SGD, momentum=0.5)),
+    ],
+)  # fmt: skip
+def test_what_is_the_same_value(one, other):
+    assert same(one, other)
+    assert same(one, copy.deepcopy(one))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ((1, 2), (1, 2, 3)), (1, True), (1, 1.0), (0, None), ("a", "b"), (np.ones(3), np.zeros(3)), (np.ones(3), 1),
+        (torch.ones(3), torch.zeros(3)), (MLP((4,)), MLP((5,))), (StandardScaler(), MinMaxScaler()),
+        (partial(torch.optim.SGD, momentum=0.5), partial(torch.optim.SGD, momentum=0.9)), (lambda: 0, lambda: 0),
+    ],
+)  # fmt: skip
+def test_what_is_another_value(one, other):
+    assert not same(one, other)
 
 
 def losses_of(table, seen):
@@ -91,12 +128,15 @@ def test_where_there_is_nothing_to_compare_nothing_is_tried():
     assert choose({"a": [1], "b": [[2, 3], (2, 3)]}, {"a": 1, "b": (2, 3)}, None) == {"a": 1, "b": (2, 3)}
 
 
-def test_what_diverged_is_left_and_what_cannot_be_tried_leaves_all():
+def test_what_diverged_or_cannot_be_tried_is_left_and_if_that_is_the_own_one_all_is():
     inf = float("inf")
     assert choose({"a": [0, 1]}, {"a": 0}, losses_of({(0,): [1.0, 1.0], (1,): [0.1, inf]}, [])) == {"a": 0}
     assert choose({"a": [0, 1]}, {"a": 0}, losses_of({(0,): [inf, inf], (1,): [0.1, 0.1]}, [])) == {"a": 1}
-    assert choose({"a": [0, 1]}, {"a": 0}, losses_of({(0,): None}, [])) is None
-    assert choose({"a": [0, 1]}, {"a": 0}, losses_of({(0,): [1.0], (1,): None}, [])) is None
+    seen = []
+    own = {"a": 0}
+    assert choose({"a": [0, 1]}, own, losses_of({(0,): None}, seen)) is own
+    assert seen == [(0,)]
+    assert choose({"a": [0, 1, 2]}, own, losses_of({(0,): [1.0], (1,): None, (2,): [0.5]}, [])) == {"a": 2}
 
 
 # --- the search ---------------------------------------------------------------------------------------------------------------
@@ -134,6 +174,74 @@ def test_nothing_of_the_users_is_changed_and_the_same_seed_gives_the_same(found,
     again = clone(found).fit(*iris)
     assert again.best_params_ == found.best_params_
     assert again.best_score_ == found.best_score_
+
+
+@pytest.mark.parametrize("kind", ["optimizers", "arrays", "factories"])
+def test_the_own_setting_is_no_fit_with_the_values_that_were_chosen(iris, kind):
+    """Values that are no numbers, from an own setting at which the others were trained, too."""
+
+    def scaled(n_features_in, n_outputs, *, scale, act, dropout):
+        net = nn.Sequential(nn.Linear(n_features_in, 16), act(), nn.Dropout(dropout), nn.Linear(16, n_outputs))
+        with torch.no_grad():
+            net[0].weight.mul_(torch.as_tensor(scale, dtype=net[0].weight.dtype))
+        return net
+
+    @model_factory
+    def one(n_features_in, n_outputs, *, scale=1.0, dropout=0.02):
+        return scaled(n_features_in, n_outputs, scale=scale, act=nn.Sigmoid, dropout=dropout)
+
+    @model_factory
+    def another(n_features_in, n_outputs, *, scale=1.0, dropout=0.02):
+        return scaled(n_features_in, n_outputs, scale=scale, act=nn.Tanh, dropout=dropout)
+
+    name, values = {
+        "optimizers": ("optimizer", [partial(torch.optim.SGD, momentum=0.0), partial(torch.optim.SGD, momentum=0.9)]),
+        "arrays": ("module__scale", [np.full(4, 0.01), np.ones(4)]),
+        "factories": ("module", [one, another]),
+    }[kind]
+    net = TorchClassifier(one, optimizer=torch.optim.SGD, lr=0.1, max_epochs=20, random_state=0)
+    net.set_params(**{name: values[0]})
+    found = search(net, {"module__dropout": uniform(0, 0.8), name: values}, scoring="neg_log_loss").fit(*iris)
+    assert found.best_params_[name] is values[1] or same(found.best_params_[name], values[1])
+    assert "own" in found.cv_results_["candidate"]
+    assert_scores_are_those_of_own_fits(found, *iris, rel=1e-4)
+
+
+def test_the_users_objects_are_copied(iris):
+    pca, other = PCA(2), MLP(hidden=(16,), dropout=0.1)
+    model = Pipeline([("red", PCA(2)), ("net", clone(NET).set_params(module=other, max_epochs=5))])
+    space = {"net__module__dropout": uniform(0, 0.5), "red": [pca, StandardScaler()], "red__n_components": [2, 3]}
+    with pytest.raises(ValueError, match="n_components") as refused:
+        search(model, space).fit(*iris)
+    assert "StandardScaler()" in refused.value.__notes__[0]
+    found = search(model, space | {"red": [pca]}).fit(*iris)
+    assert pca.n_components == 2
+    assert not hasattr(pca, "mean_")
+    assert found.best_params_["red__n_components"] in (2, 3)
+    mlps = [MLP(hidden=(8,), dropout=0.1), MLP(hidden=(16,), dropout=0.1)]
+    listed = search(model, {"net__module__dropout": uniform(0, 0.5), "net__module": mlps}).fit(*iris)
+    own = listed.cv_results_["params"][list(listed.cv_results_["candidate"]).index("own")]
+    assert own["net__module"].get_params()["hidden"] == (16,)  # an equal object is the own one
+    assert [mlp.dropout for mlp in mlps] == [0.1, 0.1]
+
+
+def test_all_values_have_the_same_share_of_their_fits(iris, monkeypatch):
+    """The longest that one of them needs: here 150 steps of batches of 100, a whole fit."""
+    seen = []
+    original = starts.retrain
+
+    def recorded(task, lam, **params):
+        seen.append((task.folds[0].net.batch_size, params["epochs"], params["seed"]))
+        return original(task, lam, **params)
+
+    monkeypatch.setattr(starts, "retrain", recorded)
+    net = clone(NET).set_params(max_epochs=60, batch_size=8, random_state=None)
+    search(net, {"weight_decay": PRIOR, "batch_size": [8, 100]}).fit(*iris)
+    assert [(batch, epochs) for batch, epochs, _ in seen[:2]] == [(8, 60), (100, 60)]
+    assert seen[1][2] is not None  # the seed of the first
+    del seen[:]
+    search(net, {"weight_decay": PRIOR, "batch_size": [8, 16], "max_epochs": [60, 120]}).fit(*iris)
+    assert [(batch, epochs) for batch, epochs, _ in seen[:3]] == [(8, 22), (16, 22), (seen[2][0], 43)]  # 150 / (60 · 7)
 
 
 def test_where_the_own_values_are_kept_there_is_one_own_row(iris):
@@ -211,7 +319,7 @@ class Counting:
 
 def test_they_stay_where_short_trainings_would_not_be_those_of_fits(iris):
     net = clone(NET).set_params(criterion=Counting(), module__hidden=(1,), max_epochs=5)
-    with pytest.warns(UserWarning, match=r"'module__hidden': \(1,\).* are left as they are"):
+    with pytest.warns(UserWarning, match=r"'module__hidden': \(1,\).* cannot be compared: .*Nothing is chosen"):
         found = search(net).fit(*iris)
     assert {params["module__hidden"] for params in found.cv_results_["params"]} == {(1,)}
 
@@ -265,6 +373,8 @@ def test_architectures_are_compared_as_factories(iris):
         (NET, SPACE, {"evaluate": "hypernetwork"}, r"\['module__hidden'\].*evaluate='retrain'"),
         (NET, SPACE | {"batchsize": [1]}, {}, r"\['batchsize'\]: .* no such parameter; did you mean .*'batch_size'"),
         (NET, SPACE | {"sample_weight": uniform(0, 2)}, {}, r"\['module__hidden'\].*beside a weight for each row"),
+        (NET, SPACE | {"criterion": ["cross_entropy", "squared_error"]}, {}, r"\['criterion'\]: .*different units"),
+        (NET, SPACE | {"optimizer": "adam"}, {}, r"\['optimizer'\].*or for what has no gradient a list of values"),
         (NET, SPACE | {"weight_decay": [0.1, 1.0]}, {}, r"\['weight_decay'\]: it has a gradient.*loguniform"),
         (NET, SPACE | {"lr": [0.1, 1.0]}, {}, r"\['lr'\]: it has a gradient.*loguniform"),
         (NET, SPACE | {"batch_size": randint(8, 64)}, {}, r"\['batch_size'\].*give a list of values to compare"),
@@ -278,12 +388,12 @@ def test_architectures_are_compared_as_factories(iris):
             make_pipeline(StandardScaler(), NET),
             {"torchclassifier__weight_decay": PRIOR, "torchclassifier": [NET]},
             {},
-            r"\['torchclassifier'\]: .*of whole nets",
+            r"\['torchclassifier'\]: .*not whole nets",
         ),
     ],
 )
 def test_what_cannot_be_compared_is_refused(iris, net, space, params, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         search(net, space, **params).fit(*iris)
 
 
