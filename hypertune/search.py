@@ -61,12 +61,12 @@ class HyperTrainingSearchCV(BaseSearchCV):
     estimator : TorchClassifier, TorchRegressor, skorch net, or a Pipeline that ends in one
         Earlier steps of a Pipeline are fitted inside each fold.
     param_distributions : dict from str to distribution or list
-        Parameter names, as in ``RandomizedSearchCV``, with continuous distributions: frozen ones of ``scipy.stats``
-        (``loguniform``, ``uniform``, ...) or ``optuna.distributions.FloatDistribution``. What can be tuned:
+        Parameter names, as in ``RandomizedSearchCV``, with continuous distributions, frozen ones of ``scipy.stats``
+        (``loguniform``, ``uniform``, ...) or ``optuna.distributions.FloatDistribution``, or with lists of values. What has a gradient:
         ``weight_decay``, ``l1``, ``input_noise``, ``label_smoothing``, ``mixup``, ``sample_weight``, the keywords of a ``penalty``
         and an ``augment`` function, and every ``module__…`` keyword that sets a dropout rate or another number which only training
-        reads; and beside one of these ``lr``, of which some values are tried before, and lists of values of any other parameter of the estimator, of
-        which the best are chosen before. The penalties may have a value for each layer, unit, weight or feature, with
+        reads. Beside one of these ``lr``, of which some values are tried before, and any other parameter of the estimator or of a Pipeline's steps
+        with a list of values (or a ``CategoricalDistribution``), of which the best is chosen before. The penalties may have a value for each layer, unit, weight or feature, with
         :func:`per_layer`, :func:`per_unit`, :func:`per_weight`, :func:`per_feature` around the distribution. Of a skorch net ``optimizer__weight_decay``, ``criterion__label_smoothing`` and ``module__…``.
     algorithm : {"auto", "joint", "global", "simplified", "implicit", "t1t2", "unrolled", "forward", "hybrid"} or instance, \
             default="auto"
@@ -130,7 +130,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
     cv : int, cross-validation generator or iterable, default=None
         The splits, as in ``GridSearchCV``. One λ is shared by all of them.
     verbose : int, default=0
-        As in ``GridSearchCV``; if positive, also a progress bar of the hyper-training.
+        As in ``GridSearchCV``; if positive, also progress bars of the values of lists and of the hyper-training.
     pre_dispatch : int or str, default='2*n_jobs'
         As in ``GridSearchCV``.
     random_state : int, RandomState instance or None, default=None
@@ -152,7 +152,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
         Mean cross-validated score of ``best_estimator_``. Optimistic, as ``GridSearchCV``'s is: the hyperparameters
         were fitted to these folds. The honest figure is ``cross_val_score`` of the whole search.
     best_params_ : dict
-        The best setting, inside the declared bounds: a float for each name, or where it has several values what the estimator takes: a
+        The best setting, inside the declared bounds: a value of the list, or a float for each name, or where it has several values what the estimator takes: a
         dict from parameter name of the module to floats or arrays, or an array.
     best_index_ : int
         Its row in ``cv_results_``.
@@ -165,7 +165,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
     multimetric_ : bool
         Whether several metrics were computed.
     best_response_ : BestResponse
-        The learned best response, at one learning rate: weights, a fitted estimator or a validation curve at any setting, without training.
+        The learned best response, at one learning rate and one value of each list: weights, a fitted estimator or a validation curve at any setting, without training.
     history_ : dict of arrays
         The hyper-training: "algorithm" (a string: which one ran, and why), "grain_scale", and the learning rate that it had (a number, under
         its name), if that is in the space; and for each record "step", "seconds", "epoch",
