@@ -9,11 +9,9 @@ that it started from, the middle between them, the estimator's own, and what may
 from __future__ import annotations
 
 import copy
-import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self, get_args
@@ -26,12 +24,12 @@ from sklearn.utils import get_tags
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.validation import _num_samples, indexable
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hypertune.base import TorchEstimator
 from hypertune.callbacks import epochs
 from hypertune.candidates import distinct, retrain_candidates
-from hypertune.choices import alternatives, choose, own_values, split
+from hypertune.choices import own_values, split
+from hypertune.comparing import compare
 from hypertune.folds import DrawnOnce, Fold, last_step, make_folds, net_of, prefix_of
 from hypertune.hypergradients import Description
 from hypertune.hypernetworks import HYPERNETWORKS, Builder
@@ -41,7 +39,7 @@ from hypertune.randomness import draw_seed, gradients
 from hypertune.recipes import NAMES
 from hypertune.response import BestResponse
 from hypertune.space import Space
-from hypertune.starts import Tried, out_of_corners, restarts, screen, screen_rate, screened_share, try_settings
+from hypertune.starts import Tried, out_of_corners, restarts, screen, screen_rate
 from hypertune.task import Task, stack
 from hypertune.training import hyper_train
 from hypertune.tunable import check_choices, check_names, check_settings, of_net
@@ -457,49 +455,9 @@ class HyperTrainingSearchCV(BaseSearchCV):
         net, prefix, settings = net_of(self._given), prefix_of(self._given), self._settings(self._given)
         check_choices(type(self.estimator).__name__, settings, choices, ranges, net, prefix)
         self._check_tried([*choices])
-        first, tries = own_values(choices, settings), _Tries()
-
-        def losses_at(values: dict[str, Any]) -> Tensor | None:
-            progress.update()
-            with _noted(values, but=first):
-                self._set(values)
-                task = self._make_task()
-                if values is first:
-                    tries.own = values | task.space.decode(task.current)
-                    tries.share = self._share(choices, first, min(len(fold.train.x) for fold in task.folds))
-                tried = try_settings(task, tries.share, tries.seed)
-            if tried is None:
-                warnings.warn(
-                    f"{values} cannot be compared: its short trainings would not be those of fits. A function of yours changes from call to call, weights "
-                    f"have a hook, or the model is too large. {'Nothing is chosen.' if values is first else 'It is left out.'}",
-                    UserWarning,
-                    stacklevel=2,
-                )
-                return None
-            tries.seed = tried.seed
-            tries.known.append((values, tried))
-            return tried.losses
-
-        total = 1 + len(alternatives(choices, first))
-        with tqdm(total=total, desc="values", disable=self.verbose <= 0) as progress:
-            chosen = choose(choices, first, losses_at)
-        self._set(chosen)
-        tried = next((tried for values, tried in tries.known if values is chosen), None)
-        return None if chosen is first else tries.own, chosen, self._make_task(), tried
-
-    def _set(self, values: Mapping[str, Any]) -> None:
-        """Values of lists, on our copy of the estimator; the user's objects are copied, as scikit-learn does."""
-        self.estimator.set_params(**clone(dict(values), safe=False))
-
-    def _share(self, choices: Mapping[str, list[Any]], first: dict[str, Any], rows: int) -> float:
-        """The share of a fit that is enough for each value: for that with the fewest steps."""
-        epochs, per_epoch = [], []
-        for name, value in [*first.items(), *alternatives(choices, first)]:
-            with _noted(values := first | {name: value}, but=first):
-                net = net_of(clone(self.estimator).set_params(**clone(values, safe=False)))
-            epochs.append(net.max_epochs)
-            per_epoch.append(math.ceil(rows / min(net.batch_size, rows)))
-        return screened_share(min(epochs), min(per_epoch))
+        first = own_values(choices, settings)
+        chosen, own, tried = compare(choices, first, self.estimator, self._make_task, progress=self.verbose > 0)
+        return None if chosen is first else own, chosen, self._make_task(), tried
 
     def _split(self) -> tuple[dict[str, list[Any]], dict[str, Any]]:
         """What has a list of values and no gradient, and the rest of the space."""
@@ -589,24 +547,3 @@ class HyperTrainingSearchCV(BaseSearchCV):
             pads=self.evaluate == "retrain" and not grains & {"unit", "feature", "weight"},
             by_column=bool(grains & {"feature", "weight"}),
         )
-
-
-@dataclass
-class _Tries:
-    """What is known of values of lists: the estimator's own setting, short trainings, and the share of a fit and the seed that they have in common."""
-
-    own: dict[str, Any] = field(default_factory=dict)
-    share: float = 0.0
-    seed: int | None = None
-    known: list[tuple[dict[str, Any], Tried]] = field(default_factory=list)
-
-
-@contextmanager
-def _noted(values: Mapping[str, Any], but: Mapping[str, Any]) -> Iterator[None]:
-    """Errors say with which values of lists they were, unless these are the first."""
-    try:
-        yield
-    except Exception as error:
-        if values is not but:
-            error.add_note(f"This was with {dict(values)}.")
-        raise

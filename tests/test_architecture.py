@@ -113,6 +113,7 @@ ROOMS = {  # room -> the rooms that it imports from
     "starts": {"batches", "folds", "hyperprior", "retraining", "space", "task"},
     "candidates": {"retraining", "space", "task"},
     "choices": set(),
+    "comparing": {"choices", "folds", "starts", "task"},
     "optuna": {"choices", "search", "space"},
     "plotting": {"response", "search"},
     "search": {
@@ -120,6 +121,7 @@ ROOMS = {  # room -> the rooms that it imports from
         "callbacks",
         "candidates",
         "choices",
+        "comparing",
         "folds",
         "hypergradients",
         "hypernetworks",
