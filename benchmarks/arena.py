@@ -76,9 +76,10 @@ def fight(
 
 
 def redraw(results: Path, docs: Path) -> None:
-    """``docs/arena.png`` from the committed rows, and their summary and that of the problems with a learning rate, without rerunning anything."""
-    rows, with_rates = (json.loads((results / f"{name}.json").read_text())["rows"] for name in ("arena", "arena-lr"))
-    print(f"{summary(rows)}\n\n{summary(with_rates)}")
+    """``docs/arena.png`` from the committed rows, and their summary and those with a learning rate and with lists, without rerunning anything."""
+    names = ("arena", "arena-lr", "arena-nets")
+    rows, *others = (json.loads((results / f"{name}.json").read_text())["rows"] for name in names)
+    print("\n\n".join(map(summary, (rows, *others))))
     report.multiples(rows, docs / "arena.png")
 
 

@@ -31,8 +31,9 @@ def compare(
 ) -> tuple[Values, dict[str, Any], Tried | None]:
     """Give the estimator the best values, one parameter after the other.
 
-    What a value is worth are the losses of the best of a few settings (:func:`hypertune.starts.try_settings`), with which it was trained for
-    the same share of a fit as all others, and from the same seed. One whose short trainings would not be those of fits is left out with a warning.
+    What a value is worth are the losses of the best of a few settings (:func:`hypertune.starts.try_settings`: of ``first`` those that are tried for a learning
+    rate, of the others those that are near the best of these), with which it was trained for the same share of a fit as all others, and from the same
+    seed. One whose short trainings would not be those of fits is left out with a warning.
 
     Parameters
     ----------
@@ -53,18 +54,18 @@ def compare(
     own : dict from str to value
         The whole setting of the estimator with ``first``; empty if there was nothing to compare.
     tried : Tried or None
-        The trainings with what was chosen, if there were any.
+        The trainings with ``first``, if that was chosen and there were any.
     """
     own: dict[str, Any] = {}
-    known: list[tuple[Values, Tried]] = []
-    share, seed = 0.0, None
+    known: Tried | None = None
+    share = 0.0
     others = alternatives(choices, first)
 
     def set_values(values: Values) -> None:
         estimator.set_params(**clone(values, safe=False))
 
     def losses_at(values: Values) -> Tensor | None:
-        nonlocal own, share, seed
+        nonlocal own, known, share
         bar.update()
         with _noted(values, but=first):
             set_values(values)
@@ -72,7 +73,7 @@ def compare(
             if values is first:
                 own = values | task.space.decode(task.current)
                 share = _share(estimator, first, others, rows=min(len(fold.train.x) for fold in task.folds))
-            tried = try_settings(task, share, seed)
+            tried = try_settings(task, share, known and known.seed, near=known)
         if tried is None:
             warnings.warn(
                 f"{values} cannot be compared: its short trainings would not be those of fits. A function of yours changes from call to call, weights "
@@ -81,14 +82,13 @@ def compare(
                 stacklevel=2,
             )
             return None
-        seed = tried.seed
-        known.append((values, tried))
+        known = known or tried
         return tried.losses
 
     with tqdm(total=1 + len(others), desc="values", disable=not progress) as bar:
         chosen = choose(choices, first, losses_at)
     set_values(chosen)
-    return chosen, own, next((tried for values, tried in known if values is chosen), None)
+    return chosen, own, known if chosen is first else None
 
 
 def _share(estimator: Any, first: Values, others: list[tuple[str, Any]], rows: int) -> float:

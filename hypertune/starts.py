@@ -87,10 +87,15 @@ class Tried(NamedTuple):
     seed: int
 
     @property
+    def best(self) -> tuple[int, int]:
+        """The best setting and learning rate, by number."""
+        return divmod(int(self.each.mean(dim=0).argmin()), self.each.shape[2])
+
+    @property
     def losses(self) -> Tensor:
-        """Of the best setting, (some folds,)."""
-        mean = self.each.mean(dim=0).flatten()
-        return self.each.flatten(1)[:, int(mean.argmin())]
+        """Of these, (some folds,)."""
+        setting, rate = self.best
+        return self.each[:, setting, rate]
 
 
 def screened_share(max_epochs: int, per_epoch: int) -> float:
@@ -98,29 +103,37 @@ def screened_share(max_epochs: int, per_epoch: int) -> float:
     return min(1.0, max(_SCREENED_SHARE, _SCREENED_STEPS / (max_epochs * per_epoch)))
 
 
-def try_settings(task: Task, share: float = 0.0, seed: int | None = None) -> Tried | None:
+def try_settings(task: Task, share: float = 0.0, seed: int | None = None, near: Tried | None = None) -> Tried | None:
     """The estimator's own learning rate and five quantiles of its distribution, if it is searched for, with little and with more regularisation.
 
     A weak regularisation asks for smaller learning rates than the tuned one will. So each is tried with the other hyperparameters as they are, with the
     logarithmic ones at their medians, and with the rest at quantile 0.25, too. They are trained as in :func:`screen`, on as many folds as is cheap.
     Where not even one is, they are trained one by one on one, without the second of the three, from the own learning rate upwards, and downwards if
-    that was no better, until the loss rises. ``share`` of a fit is the least, for what is to be compared with other nets, and ``seed`` theirs.
-    None where such a training would not be that of a fit.
+    that was no better, until the loss rises. None where such a training would not be that of a fit.
+
+    For what is compared with another net, which has tried ``near``: that one's best learning rate and its two neighbours alone, its best setting and the last, for at least the same
+    ``share`` of a fit, and from its ``seed``.
     """
     space, folds, objective, current, _ = task
     rates, others = _rates(space, current), _others(space, current)
+    begin = int((rates < current[space.rate]).sum())
+    if near is not None:
+        setting, rate = near.best
+        rates, begin = near.rates[max(rate - 1, 0) : rate + 2], min(rate, 1)
+        its = len(others) - 1 if setting == near.each.shape[1] - 1 else min(setting, len(others) - 1)
+        others = others[sorted({its, len(others) - 1})]
     settings = others[:, None].repeat(1, max(len(rates), 1), 1)  # (up to 3, R, n)
     if len(rates):
         settings[..., space.rate] = rates[:, None]
     affordable = _SCREENED // (settings[..., 0].numel() * objective.cost) if objective.stacked else 0
-    own, few = int((rates < current[space.rate]).sum()), folds[: max(affordable, 1)]
+    few = folds[: max(affordable, 1)]
     train = _Screening(task._replace(folds=few), share, seed)
     if affordable and (trained := train(settings.flatten(0, 1))) is not None:
-        return Tried(rates, trained.fold_losses(few).view(len(few), *settings.shape[:2]), own, trained.seed)
+        return Tried(rates, trained.fold_losses(few).view(len(few), *settings.shape[:2]), begin, trained.seed)
     settings = settings[[0, -1]] if len(settings) > 1 else settings
     train = _Screening(task._replace(folds=folds[:1]), share, seed)
-    each = _climbed(train, folds[:1], settings, own)
-    return None if each is None or train.seed is None else Tried(rates, each, own, train.seed)
+    each = _climbed(train, folds[:1], settings, begin)
+    return None if each is None or train.seed is None else Tried(rates, each, begin, train.seed)
 
 
 def screen_rate(task: Task, tried: Tried | None = None) -> Tensor:

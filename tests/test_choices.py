@@ -28,7 +28,9 @@ from hypertune import (
     starts,
 )
 from hypertune.choices import choose, own_values, same, split
+from hypertune.comparing import _share
 from hypertune.optuna import to_study
+from hypertune.retraining import Retrained
 from tests.searches import assert_scores_are_those_of_own_fits
 from tests.test_retraining import NET
 
@@ -226,7 +228,7 @@ def test_the_users_objects_are_copied(iris):
 
 
 def test_all_values_have_the_same_share_of_their_fits(iris, monkeypatch):
-    """The longest that one of them needs: here 150 steps of batches of 100, a whole fit."""
+    """The longest that one of them needs: batches of 100 a whole fit, for 150 steps."""
     seen = []
     original = starts.retrain
 
@@ -235,13 +237,39 @@ def test_all_values_have_the_same_share_of_their_fits(iris, monkeypatch):
         return original(task, lam, **params)
 
     monkeypatch.setattr(starts, "retrain", recorded)
-    net = clone(NET).set_params(max_epochs=60, batch_size=8, random_state=None)
-    search(net, {"weight_decay": PRIOR, "batch_size": [8, 100]}).fit(*iris)
-    assert [(batch, epochs) for batch, epochs, _ in seen[:2]] == [(8, 60), (100, 60)]
+    net = clone(NET).set_params(max_epochs=20, batch_size=16, random_state=None)
+    search(net, {"weight_decay": PRIOR, "batch_size": [16, 100]}).fit(*iris)
+    assert [(batch, epochs) for batch, epochs, _ in seen[:2]] == [(16, 20), (100, 20)]
     assert seen[1][2] is not None  # the seed of the first
-    del seen[:]
-    search(net, {"weight_decay": PRIOR, "batch_size": [8, 16], "max_epochs": [60, 120]}).fit(*iris)
-    assert [(batch, epochs) for batch, epochs, _ in seen[:3]] == [(8, 22), (16, 22), (seen[2][0], 43)]  # 150 / (60 · 7)
+    longer = [("batch_size", 16), ("max_epochs", 120)]
+    assert _share(NET, {"batch_size": 8, "max_epochs": 60}, longer, rows=100) == pytest.approx(150 / (60 * 7))
+    assert _share(NET, {"batch_size": 8, "max_epochs": 60}, longer[1:], rows=100) == pytest.approx(1 / 3)
+
+
+def test_another_value_is_tried_near_the_best_of_the_own_one(iris, monkeypatch):
+    """The learning rate that is best there, and its neighbours, with the best setting and with the most regularisation."""
+    stacks = []
+    original = Retrained.fold_losses
+
+    def fold_losses(self, folds):
+        values, found = self.space.values(self.lam), original(self, folds)
+        if (
+            "lr" in values and self.settings["batch_size"] == 32
+        ):  # the least is that of the third learning rate as they are
+            found = 1 + (torch.arange(len(self.lam)) - 2).abs().double().expand(len(folds), -1)
+        if "lr" in values:
+            tried = (values["lr"].tolist(), values["module__dropout"].tolist())
+            stacks.append((self.settings["batch_size"], *tried))
+        return found
+
+    monkeypatch.setattr(Retrained, "fold_losses", fold_losses)
+    space = {"module__dropout": uniform(0, 0.8), "lr": loguniform(1e-4, 1e-1), "batch_size": [32, 64]}
+    search(clone(NET).set_params(max_epochs=5, batch_size=32), space).fit(*iris)
+    (_, first, _), (batch, rates, dropouts) = stacks[:2]
+    assert (len(first), batch) == (2 * 5, 64)
+    assert rates == pytest.approx(2 * first[1:4])
+    assert dropouts == pytest.approx([0.1] * 3 + [0.2] * 3)
+    assert (stacks[2][0], len(stacks[2][1])) == (64, 2 * 5)  # chosen: its learning rates are tried in full
 
 
 def test_where_the_own_values_are_kept_there_is_one_own_row(iris):
