@@ -430,9 +430,9 @@ class HyperTrainingSearchCV(BaseSearchCV):
             same = (lam == rated)[:, whole.space.rate].all(dim=1)
             verified = lam[same][:, ~whole.space.rate], losses[same]
         self.best_response_ = replace(response, verified=verified)
-        names = {name.removeprefix(prefix_of(self.estimator)): value for name, value in chosen.items()}
-        known = {name: value for name, value in names.items() if name in net_of(self.estimator).get_params()}
-        self._known += [replace(one, chosen=known) for one in retrained]
+        prefix = prefix_of(self.estimator)
+        of_the_net = {name.removeprefix(prefix): v for name, v in chosen.items() if name.startswith(prefix)}
+        self._known += [replace(one, chosen=of_the_net) for one in retrained]
         found = {name: chosen | whole.space.decode(lam) for name, lam in candidates.items()}
         return found if own is None else found | {"own": own}
 
