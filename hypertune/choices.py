@@ -21,6 +21,7 @@ from optuna.distributions import CategoricalDistribution
 from torch import Tensor
 
 Values = dict[str, Any]
+_NOTICEABLE = 0.05  # of a loss: what is less is level, in a short training
 
 
 def split(
@@ -81,8 +82,8 @@ def alternatives(choices: Mapping[str, list[Any]], own: Values) -> list[tuple[st
 def choose(choices: Mapping[str, list[Any]], own: Values, losses_at: Callable[[Values], Tensor | None]) -> Values:
     """The best values, one parameter after the other, the others being the best so far.
 
-    A value is left for another if that is better: on several folds, by more than one standard error of their differences. Compared are
-    the folds that both were tried on.
+    A value is left for another if that is better by more than 5%, and on several folds by more than one standard error of their differences.
+    Compared are the folds that both were tried on.
 
     Parameters
     ----------
@@ -114,4 +115,4 @@ def _better(others: Tensor, losses: Tensor) -> bool:
         return float(others.mean()) < float(losses.mean())
     gain = losses - others
     error = float(gain.std()) / math.sqrt(common) if common > 1 else 0.0
-    return float(gain.mean()) > error
+    return float(gain.mean()) > max(error, _NOTICEABLE * abs(float(losses.mean())))

@@ -116,6 +116,12 @@ def test_one_parameter_follows_the_other_at_the_best_of_the_one_before():
     assert seen == [(1, "x"), (0, "x"), (2, "x"), (2, "y"), (2, "z")]  # each once
 
 
+def test_a_gain_within_five_percent_is_none():
+    for loss, left in [(0.96, False), (0.94, True)]:
+        table = {(0,): [1.0, 1.01], (1,): [loss, loss + 0.01]}
+        assert choose({"a": [0, 1]}, {"a": 0}, losses_of(table, [])) == {"a": int(left)}
+
+
 def test_on_several_folds_a_value_is_left_for_a_gain_of_more_than_its_standard_error():
     own = {"a": 0}
     for gain, left in [([0.3, 0.1, 0.16], True), ([0.3, -0.1, 0.0], False), ([0.0, 0.0, 0.0], False)]:
