@@ -204,7 +204,7 @@ def test_the_own_setting_is_no_fit_with_the_values_that_were_chosen(iris, kind):
 
     name, values = {
         "optimizers": ("optimizer", [partial(torch.optim.SGD, momentum=0.0), partial(torch.optim.SGD, momentum=0.9)]),
-        "arrays": ("module__scale", [np.full(4, 0.01), np.ones(4)]),
+        "arrays": ("module__scale", [np.full(4, 0.01), np.full(4, 3.0)]),
         "factories": ("module", [one, another]),
     }[kind]
     net = TorchClassifier(one, optimizer=torch.optim.SGD, lr=0.1, max_epochs=20, random_state=0)
