@@ -94,8 +94,8 @@ def compare(
 def _share(estimator: Any, first: Values, others: list[tuple[str, Any]], rows: int) -> float:
     """The share of a fit on so many rows that is enough for each value: for the fewest epochs and the largest batches."""
     epochs, per_epoch = [], []
-    for name, value in [*first.items(), *others]:
-        with _noted(values := first | {name: value}, but=first):
+    for values in [first, *(first | {name: value} for name, value in others)]:
+        with _noted(values, but=first):
             net = net_of(clone(estimator).set_params(**clone(values, safe=False)))
         epochs.append(net.max_epochs)
         per_epoch.append(math.ceil(rows / min(net.batch_size, rows)))
