@@ -88,6 +88,18 @@ def test_a_learning_rate_is_that_of_the_cpu(iris, hidden: tuple[int, ...]):
     assert_allclose(on["cuda"].cv_results_["mean_test_score"], on["cpu"].cv_results_["mean_test_score"], atol=0.02)
 
 
+@pytest.mark.parametrize("hidden", [[(4,), (16,)], [(400,), (400, 400)]])
+def test_lists_of_values_are_chosen_as_on_the_cpu(iris, hidden: list[tuple[int, ...]]):
+    """In one stack, and one after the other."""
+    space = {"module__hidden": hidden, "batch_size": [16, 64], "weight_decay": loguniform(1e-5, 1e1)}
+    net = classifier(module=MLP(hidden=hidden[0]), dtype="float64", max_epochs=5)
+    on = {device: search(clone(net).set_params(device=device), space).fit(*iris) for device in ("cpu", "cuda")}
+    assert on["cuda"].best_params_["module__hidden"] == on["cpu"].best_params_["module__hidden"]
+    assert on["cuda"].best_params_["batch_size"] == on["cpu"].best_params_["batch_size"]
+    assert_allclose(on["cuda"].cv_results_["mean_test_score"], on["cpu"].cv_results_["mean_test_score"], atol=0.02)
+    assert next(on["cuda"].best_estimator_.module_.parameters()).is_cuda
+
+
 @pytest.mark.parametrize("per", [per_layer, per_unit, per_weight, per_feature])
 @pytest.mark.parametrize("algorithm", ["joint", "implicit"])
 def test_a_finer_grain_is_that_of_the_cpu(iris, per: Any, algorithm: str):
