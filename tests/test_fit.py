@@ -87,7 +87,9 @@ def test_inputs_of_earlier_steps_are_transformed_in_every_fold(iris):
 
 
 @pytest.mark.filterwarnings("ignore:The hyperparameters did not move")
-@pytest.mark.skipif(parse_version(torch.__version__) < parse_version("2.13"), reason="there torch's Adam counts on that device")
+@pytest.mark.skipif(
+    parse_version(torch.__version__) < parse_version("2.13"), reason="there torch's Adam counts on that device"
+)
 @pytest.mark.parametrize("algorithm", ["joint", "global", "implicit", "unrolled", "hybrid"])
 def test_a_default_device_of_the_callers_does_not_matter(iris, algorithm):
     def on_the_cpu(n: int, m: int) -> nn.Module:
