@@ -7,13 +7,14 @@ earlier λ, and λ̂ asks for too little regularisation: an effect like the shor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from hypertune.retraining import Retrained, retrain
-from hypertune.space import Space
+from hypertune.space import Hyperparameter, Space
 from hypertune.task import Task
 
 _NOTICEABLE = 0.01  # units of λ
@@ -21,6 +22,8 @@ _SMALL = 60_000  # multiplications for a row by a setting's models on all folds:
 _STRONGER = 1.5  # units of λ: 4.5 times each weight decay
 _WORTHWHILE = 0.02  # of the tuned setting's loss: so much better must another be to be followed
 _ON_THE_LINE = (0.5, 1.5, 2.0, 3.0)  # times as far from the tuned setting as the best one
+_NOISIER, _MORE_NOISE = ("noisier", "noisier x 2", "noisier x 3"), 0.2  # of the way up to the bounds
+_SHORT = 1_200  # training steps
 _OTHER_RATES = {"lr / 2": 0.5, "lr x 2": 2.0}
 
 
@@ -50,9 +53,12 @@ def retrain_candidates(
        half as far again, with the best one's learning rate;
     3. of these, if the learning rate is searched for: the best before 2. with half and with twice of it, "lr / 2" and "lr x 2", as far as
        its range goes;
-    4. of others with BatchNorm: "stronger", from the best setting.
+    4. of others with BatchNorm: "stronger", from the best setting;
+    5. of others without, if fits are short (fewer than 1,200 steps, those on all folds together): "noisier", from the best setting, with all strengths of
+       noise a fifth of the way up to their bounds, as long as the best one's training loss, noise and all, ended below its validation loss; "noisier x 2"
+       and "noisier x 3" from there.
 
-    The last three take a second stacked pass.
+    2. and 3. are a second stacked pass, 4. is one, and 5. one for each.
 
     Returns
     -------
@@ -64,38 +70,97 @@ def retrain_candidates(
         λ of what was given, and the validation losses, mean over folds.
     """
     space, folds, objective, *_ = task
-    small = objective.cost * len(folds) <= _SMALL
-    more = more and (small or objective.has_statistics)
+    small, noise = objective.cost * len(folds) <= _SMALL, _noise(task)
+    more = more and (small or objective.has_statistics or bool(noise.any() and _is_short(task)))
     if watched and not more:
         return candidates, [], None
-    stronger, tuned, tried = _STRONGER * (space.log & ~space.rate), candidates["tuned"], dict(candidates)
+    stronger, found = _STRONGER * (space.log & ~space.rate), _Verified(task)
+    first = dict(candidates)
     if more and small:
-        tried |= _new({"stronger": space.clip(tuned + stronger)}, tried.values())
-    first = retrain(task, torch.stack([*tried.values()]))
-    if first is None:
+        first |= _new({"stronger": space.clip(first["tuned"] + stronger)}, first.values())
+    if not found.retrain(first):
         return candidates, [], None
-    retrained, losses = [first], first.validation_losses(folds)
-    best, further = [*tried.values()][int(losses.argmin())], {}
-    if more and not small and losses.isfinite().any():
-        further = {"stronger": best + stronger}
-    elif more and losses[0] - losses.min() > _WORTHWHILE * losses[0].abs():
-        begin = torch.where(space.rate, best, tuned)  # with the learning rate of the best
-        away = torch.where(best == begin, 0.0, best - begin)
-        further = {f"tuned x {times:g}": begin + times * away for times in _ON_THE_LINE}
     if more and small:
-        further |= _with_other_rates(space, best)
-    if further := _new({name: space.clip(lam) for name, lam in further.items()}, tried.values()):
-        second = retrain(task, torch.stack([*further.values()]), seed=first.seed)
-        if second is not None:
-            tried, retrained = tried | further, [first, second]
-            losses = torch.cat([losses, second.validation_losses(folds)])
+        found.add(_on_the_line(space, found) | _with_other_rates(space, found.best))
+    elif more and objective.has_statistics and found.losses.isfinite().any():
+        found.add({"stronger": found.best + stronger})
+    elif more and not objective.has_statistics:
+        for name in _NOISIER:
+            noisier = torch.where(noise, torch.lerp(found.best, space.high, _MORE_NOISE), found.best)
+            if not found.overfits or not found.add({name: noisier}):
+                break
     given = len(candidates)
-    added = {
-        name: lam for (name, lam), loss in zip([*tried.items()][given:], losses[given:], strict=True) if loss.isfinite()
-    }
-    # Added ones are not among them: they were chosen by their losses and lie on one line, which would bias how far the response is off.
-    verified = torch.stack([*candidates.values()]), losses[:given]
-    return candidates | added, [] if watched else retrained, verified
+    added = zip([*found.tried.items()][given:], found.losses[given:], strict=True)
+    # Added ones are not verified: they were chosen by their losses and lie on one line, which would bias how far the response is off.
+    verified = torch.stack([*candidates.values()]), found.losses[:given]
+    known = [] if watched else found.retrained
+    return candidates | {name: lam for (name, lam), loss in added if loss.isfinite()}, known, verified
+
+
+class _Verified:
+    """What has been retrained, pass after pass and all from one seed: settings by their names, and their losses, means over folds.
+
+    ``losses`` (C,) are those of validation, and ``fitted`` (C,) those of training in the last epoch, noise and all.
+    """
+
+    def __init__(self, task: Task):
+        self.task = task
+        self.tried, self.retrained = Candidates(), list[Retrained]()
+        self.losses = self.fitted = torch.empty(0, device="cpu")
+
+    def add(self, settings: Candidates) -> bool:
+        """Retrain what of them is new, moved inside the bounds; says whether there was any, and it could be stacked."""
+        new = _new({name: self.task.space.clip(lam) for name, lam in settings.items()}, self.tried.values())
+        return bool(new) and self.retrain(new)
+
+    def retrain(self, settings: Candidates) -> bool:
+        """Says whether they could be stacked."""
+        seed = self.retrained[0].seed if self.retrained else None
+        if (one := retrain(self.task, torch.stack([*settings.values()]), seed=seed)) is None:
+            return False
+        self.tried |= settings
+        self.retrained.append(one)
+        self.losses = torch.cat([self.losses, one.validation_losses(self.task.folds)])
+        self.fitted = torch.cat([self.fitted, one.curves[:, :, -1].mean(dim=0)])
+        return True
+
+    @property
+    def best(self) -> Tensor:
+        return [*self.tried.values()][int(self.losses.argmin())]
+
+    @property
+    def overfits(self) -> bool:
+        """Whether the best setting's training loss is below its validation loss."""
+        best = int(self.losses.argmin())
+        return bool(self.losses[best].isfinite() and self.fitted[best] < self.losses[best])
+
+
+def _on_the_line(space: Space, found: _Verified) -> Candidates:
+    """Through the best setting from the tuned one, which is the first, if it is noticeably better; with the best one's learning rate."""
+    tuned, *_ = found.tried.values()
+    if not found.losses[0] - found.losses.min() > _WORTHWHILE * found.losses[0].abs():
+        return {}
+    begin = torch.where(space.rate, found.best, tuned)
+    away = torch.where(found.best == begin, 0.0, found.best - begin)
+    return {f"tuned x {times:g}": begin + times * away for times in _ON_THE_LINE}
+
+
+def _noise(task: Task) -> Tensor:
+    """Which coordinates are strengths of noise with an upper bound, on an axis that is not logarithmic: (n,) booleans."""
+    net = task.folds[0].net
+
+    def is_noise(h: Hyperparameter) -> bool:
+        inside = h.own.partition("__")[0] in ("module", "augment")
+        drawn = inside or net.loss_names.get(h.own) in ("input_noise", "mixup")
+        return drawn and h.coordinate == "linear" and math.isfinite(h.high)
+
+    return task.space.mask(is_noise)
+
+
+def _is_short(task: Task) -> bool:
+    """Whether λ̂ has few steps to find out which noise is best: it starts at the estimator's own, which is often none."""
+    net = task.folds[0].net
+    return sum(net.max_epochs * math.ceil(len(fold.train.x) / net.batch_size) for fold in task.folds) < _SHORT
 
 
 def _with_other_rates(space: Space, lam: Tensor) -> Candidates:

@@ -131,6 +131,56 @@ def test_with_batchnorm_the_best_of_large_models_is_tried_with_stronger_penaltie
     assert verified(away(best), net=clone(NET).set_params(module=Normed), more=False)[1] == [4]
 
 
+LARGE = clone(NET).set_params(module=MLP(hidden=(150, 150)), batch_size=40)
+NOISY = {"weight_decay": loguniform(1e-6, 1e1), "module__dropout": uniform(0, 0.5), "input_noise": uniform(0, 2)}
+NOISES = torch.tensor([[-8.0, 2.0, 0.0], [-13.0, 0.0, 1.0]], dtype=torch.float64)  # of 4 units each
+
+
+@pytest.fixture
+def noisier(verified, monkeypatch):
+    """Candidates beyond the two, where the last epoch's training losses are ``fitted`` of λ (C, n)."""
+
+    def run(loss, fitted, net=LARGE, space=NOISY, lams=(NOISES[0], None, NOISES[1]), **params):
+        def known(task, lam, **how):
+            one = retrain(task, lam, **how)
+            return one and replace(one, curves=fitted(lam).double()[None, :, None].expand(3, -1, 2))
+
+        with monkeypatch.context() as patch:
+            patch.setattr("hypertune.candidates.retrain", known)
+            return verified(loss, net=net, space=space, lams=lams, **params)[0][2:]
+
+    return run
+
+
+def test_where_a_short_fit_overfits_more_noise_is_tried_as_long_as_it_helps(noisier):
+    """A fifth of the way up to the bounds, from the best; penalties stay."""
+    first, second, third = [-8.0, 2.4, 0.8], [-8.0, 2.72, 1.44], [-8.0, 2.976, 1.952]
+    noise = lambda lam: lam[:, 1] + lam[:, 2]  # noqa: E731
+    falls, below, above = lambda lam: 100 - noise(lam), lambda lam: 0 * lam[:, 0], lambda lam: 200 + 0 * lam[:, 0]
+    assert_allclose(noisier(falls, below), [first, second, third])
+    assert noisier(falls, above) == []  # it does not overfit
+    no_longer = lambda lam: torch.where(noise(lam) > 3, 200.0, 0.0)  # noqa: E731
+    assert_allclose(noisier(falls, no_longer), [first])
+    worse = lambda lam: 100 + noise(lam) + 10 * (lam[:, 0] < -10)  # noqa: E731
+    assert_allclose(noisier(worse, below), [first])
+    assert_allclose(noisier(lambda lam: 100 - noise(lam) - 50 * (lam[:, 0] < -10), below)[0], [-13.0, 0.8, 1.6])
+    assert noisier(lambda lam: torch.full_like(lam[:, 0], torch.inf), below) == []
+    assert noisier(falls, below, more=False) == []
+
+
+def test_more_noise_is_for_large_models_without_batchnorm_in_short_fits_alone(noisier):
+    falls, below = lambda lam: 100 - lam[:, 1] - lam[:, 2], lambda lam: 0 * lam[:, 0]
+    assert len(noisier(falls, below)) == 3  # 3 folds of 100 rows, one epoch: 9 steps
+    assert noisier(falls, below, net=clone(LARGE).set_params(batch_size=1)) != []  # 300
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hypertune.candidates._SHORT", 9)
+        assert noisier(falls, below) == []
+    normed = {"weight_decay": loguniform(1e-6, 1e1), "input_noise": uniform(0, 2), "mixup": uniform(0, 1)}
+    assert [lam[0] for lam in noisier(falls, below, space=normed, net=clone(LARGE).set_params(module=Normed))] == [-6.5]
+    unbounded = {"weight_decay": loguniform(1e-6, 1e1), "input_noise": halfnorm(), "label_smoothing": uniform(0, 0.5)}
+    assert noisier(falls, below, space=unbounded) == []
+
+
 def test_with_batchnorm_nothing_follows_where_all_diverged(verified):
     found, stacks, _ = verified(
         lambda lam: torch.full_like(lam[:, 0], torch.inf), net=clone(NET).set_params(module=Normed)
