@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +31,20 @@ _OTHER_RATES = {"lr / 2": 0.5, "lr x 2": 2.0}
 Candidates = dict[str, Tensor]  # by name, λ of each, (n,)
 
 
+class Verification(NamedTuple):
+    """What :func:`retrain_candidates` found.
+
+    ``candidates`` are what it was given, and then what was added and did not diverge; ``best`` (n,) is the one of the least validation loss, or "tuned" where
+    that is not known. Neither depends on who watches. ``retrained`` is empty where they cannot be stacked. ``verified`` are λ (C, n) of what was given, and the
+    validation losses (C,), means over folds.
+    """
+
+    candidates: Candidates
+    best: Tensor
+    retrained: list[Retrained]
+    verified: tuple[Tensor, Tensor] | None
+
+
 def distinct(tuned: Tensor, start: Tensor | None, current: Tensor | None) -> Candidates:
     """ "tuned"; "middle" and "start", if it was screened and where they differ noticeably; and the estimator's "own" setting, if it is given."""
     candidates = {"tuned": tuned}
@@ -45,7 +60,7 @@ def retrain_candidates(
     *,
     more: bool = True,
     watched: bool = False,
-) -> tuple[Candidates, list[Retrained], tuple[Tensor, Tensor] | None]:
+) -> Verification:
     """Retrain what :func:`distinct` gave, if that can be stacked; and with ``more``:
 
     1. of small models, "stronger": the tuned setting with all logarithmic hyperparameters e^1.5 times as large, which for penalties is so;
@@ -60,26 +75,20 @@ def retrain_candidates(
 
     2. and 3. are a second stacked pass, 4. is one, and 5. one for each.
 
-    Returns
-    -------
-    candidates : dict from str to Tensor of shape (n,)
-        What was given, and then what was added and did not diverge. They do not depend on ``watched``.
-    retrained : list of Retrained
-        Empty if they cannot be stacked, or if each fit is ``watched``: someone wants to see it happen.
-    verified : tuple of Tensor of shape (C, n) and Tensor of shape (C,), or None
-        λ of what was given, and the validation losses, mean over folds.
+    Where each fit is ``watched`` someone wants to see it happen: they are retrained here all the same, where there is more to find, but are not known.
     """
     space, folds, objective, *_ = task
     small, noise = objective.cost * len(folds) <= _SMALL, _noise(task)
     more = more and (small or objective.has_statistics or bool(noise.any() and _is_short(task)))
+    unverified = Verification(candidates, candidates["tuned"], [], None)
     if watched and not more:
-        return candidates, [], None
+        return unverified
     stronger, found = _STRONGER * (space.log & ~space.rate), _Verified(task)
     first = dict(candidates)
     if more and small:
         first |= _new({"stronger": space.clip(first["tuned"] + stronger)}, first.values())
     if not found.retrain(first):
-        return candidates, [], None
+        return unverified
     if more and small:
         found.add(_on_the_line(space, found) | _with_other_rates(space, found.best))
     elif more and objective.has_statistics and found.losses.isfinite().any():
@@ -93,8 +102,8 @@ def retrain_candidates(
     added = zip([*found.tried.items()][given:], found.losses[given:], strict=True)
     # Added ones are not verified: they were chosen by their losses and lie on one line, which would bias how far the response is off.
     verified = torch.stack([*candidates.values()]), found.losses[:given]
-    known = [] if watched else found.retrained
-    return candidates | {name: lam for (name, lam), loss in added if loss.isfinite()}, known, verified
+    candidates = candidates | {name: lam for (name, lam), loss in added if loss.isfinite()}
+    return Verification(candidates, found.best, [] if watched else found.retrained, verified)
 
 
 class _Verified:

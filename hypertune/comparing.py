@@ -54,7 +54,7 @@ def compare(
     own : dict from str to value
         The whole setting of the estimator with ``first``; empty if there was nothing to compare.
     tried : Tried or None
-        The trainings with ``first``, if that was chosen and there were any.
+        The trainings with ``first``, if there were any.
     """
     own: dict[str, Any] = {}
     known: Tried | None = None
@@ -88,7 +88,7 @@ def compare(
     with tqdm(total=1 + len(others), desc="values", disable=not progress) as bar:
         chosen = choose(choices, first, losses_at)
     set_values(chosen)
-    return chosen, own, known if chosen is first else None
+    return chosen, own, known
 
 
 def _share(estimator: Any, first: Values, others: list[tuple[str, Any]], rows: int) -> float:

@@ -392,7 +392,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
     def _propose_candidates(self) -> Mapping[str, dict[str, Any]] | list[dict[str, Any]]:
         """Hyper-train, and return the settings to verify, by name. A subclass may put any other proposal in its place, without names too."""
         own, chosen, whole, tried = self._choose()
-        rated = screen_rate(whole, tried)  # λ, with the learning rate
+        rated = screen_rate(whole, None if own else tried)  # λ, with the learning rate
         space, folds, _, current, _ = task = whole.with_rate(rated)
         start = None
         if self.evaluate == "retrain" and self.start == "screened" and self.algorithm != "global":
@@ -422,7 +422,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
         tuned = whole.insert_rate(space.encode(response.params), rated)
         start = None if start is None else whole.insert_rate(start, rated)
         candidates = distinct(tuned, start, whole.current if own is None else None)
-        candidates, retrained, verified = retrain_candidates(
+        candidates, best, retrained, verified = retrain_candidates(
             whole, candidates, more=self.start == "screened", watched=self._is_watched()
         )
         if verified is not None:  # the response is of one learning rate
@@ -434,7 +434,18 @@ class HyperTrainingSearchCV(BaseSearchCV):
         of_the_net = {name.removeprefix(prefix): v for name, v in chosen.items() if name.startswith(prefix)}
         self._known += [replace(one, chosen=of_the_net) for one in retrained]
         found = {name: chosen | whole.space.decode(lam) for name, lam in candidates.items()}
-        return found if own is None else found | {"own": own}
+        if own is None:
+            return found
+        if (
+            tried is not None
+            and tried.losses.isfinite().all()
+            and not any(h.grain for h in whole.space.hyperparameters)
+        ):
+            best = whole.insert_rate(
+                best[~whole.space.rate], screen_rate(whole, tried)
+            )  # with the rate that goes with them
+            found["own values"] = {name: own[name] for name in chosen} | whole.space.decode(best)
+        return found | {"own": own}
 
     def _choose(self) -> tuple[dict[str, Any] | None, dict[str, Any], Task, Tried | None]:
         """Give our copy of the estimator the best values of what has a list of them.
@@ -447,7 +458,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
         task : Task
             With these values.
         tried : Tried or None
-            The short trainings with them, if there were any.
+            The short trainings with the estimator's own values, if there were any.
         """
         choices, ranges = self._split()
         if not choices:

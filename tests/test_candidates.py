@@ -56,9 +56,13 @@ def verified(iris, monkeypatch):
         task = task._replace(space=replace(task.space, hyperparameters=narrow))
         with monkeypatch.context() as patch:
             patch.setattr(Retrained, "validation_losses", lambda self, folds: loss(self.lam).double())
-            candidates, retrained, known = retrain_candidates(task, distinct(*lams), **params)
+            candidates, best, retrained, known = retrain_candidates(task, distinct(*lams), **params)
         if known is not None:
             assert_allclose(known[1], loss(known[0]))
+            tried = torch.cat([one.lam for one in retrained])
+            assert torch.equal(best, tried[loss(tried).argmin()])
+        else:
+            assert best is candidates["tuned"]
         return torch.stack([*candidates.values()]).squeeze(1).tolist(), [len(r.lam) for r in retrained], known
 
     return run
@@ -226,7 +230,7 @@ def test_both_passes_begin_with_the_same_weights_and_minibatches(iris, monkeypat
     assert not np.array_equal(one.weights, other.weights)
     assert np.array_equal(one.weights, retrain(task, OWN[None], seed=one.seed).weights)
     monkeypatch.setattr(Retrained, "validation_losses", lambda self, folds: away(-5.0)(self.lam))
-    candidates, (first, second), _ = retrain_candidates(task, distinct(TUNED, START, OWN))
+    candidates, _, (first, second), _ = retrain_candidates(task, distinct(TUNED, START, OWN))
     assert first.seed == second.seed
     line = [f"tuned x {times}" for times in ("0.5", "1.5", "2", "3")]
     assert list(candidates) == ["tuned", "middle", "start", "own", "stronger", *line]
@@ -251,7 +255,7 @@ def test_half_and_twice_the_best_learning_rate_are_tried(iris, monkeypatch):
             lambda self, folds: (self.lam - torch.tensor([best, np.log(lr)])).abs().sum(dim=1),
         )
         tuned, own = ([decay, np.log(rate)] for decay, rate in [(-8.0, 0.01), (-13.0, 0.003)])
-        candidates, retrained, _ = retrain_candidates(
+        candidates, _, retrained, _ = retrain_candidates(
             task, distinct(torch.tensor(tuned, dtype=torch.float64), None, torch.tensor(own, dtype=torch.float64))
         )
         assert [len(r.lam) for r in retrained] == [3, len(candidates) - 3]

@@ -171,6 +171,20 @@ def test_a_net_that_is_too_small_gets_the_better_layers(found, iris):
         found.best_response_.weights({"batch_size": 32})
 
 
+def test_the_best_setting_is_verified_with_the_own_values_too(found, iris):
+    """What looked better in short trainings need not be so in the end. The learning rate is the one that goes with them."""
+    rows = dict(zip(found.cv_results_["candidate"], found.cv_results_["params"], strict=True))
+    scores = dict(zip(found.cv_results_["candidate"], found.cv_results_["mean_test_score"], strict=True))
+    kept, own = rows["own values"], rows["own"]
+    assert (kept["module__hidden"], kept["batch_size"]) == (own["module__hidden"], own["batch_size"])
+    best = max((name for name in rows if not name.startswith("own")), key=scores.get)
+    assert kept["weight_decay"] == rows[best]["weight_decay"]
+    alone = search(found.estimator, {k: found.param_distributions[k] for k in ("weight_decay", "lr")}).fit(*iris)
+    assert kept["lr"] == pytest.approx(float(alone.history_["lr"]))
+    listed = search(found.estimator, {k: v for k, v in found.param_distributions.items() if k != "lr"}).fit(*iris)
+    assert listed.cv_results_["params"][list(listed.cv_results_["candidate"]).index("own values")].keys() == {*SPACE}
+
+
 def test_scores_are_those_of_own_fits(found, iris):
     assert_scores_are_those_of_own_fits(found, *iris, rel=1e-4)
 
@@ -311,6 +325,7 @@ def test_values_of_a_finer_grain_are_those_of_the_layers_that_were_chosen(iris):
     layers = {name: len(params["weight_decay"]) for name, params in zip(found.cv_results_["candidate"], found.cv_results_["params"], strict=True)}  # fmt: skip
     assert layers["tuned"] == 3
     assert layers["own"] == 2
+    assert "own values" not in layers  # their layers are others
     assert found.best_params_["module__hidden"] == (16, 16)
     assert len(to_study(found).trials[0].params) == 3 + 1
 
