@@ -143,7 +143,8 @@ class HyperTrainingSearchCV(BaseSearchCV):
     cv_results_ : dict of arrays
         As in ``GridSearchCV``; one row per candidate, with its name under "candidate": "tuned", "middle", "start", "own",
         "stronger"; "tuned x 1.5" where it is half as far again from the tuned setting as the best of these; "lr / 2" and "lr x 2", which
-        are the best of these with other learning rates; and "noisier", "noisier x 2" and "noisier x 3". ``mean_fit_time`` does not include the stacked passes in which candidates are retrained together.
+        are the best of these with other learning rates; "noisier", "noisier x 2" and "noisier x 3"; and "own values", the best
+        of all with the estimator's own values of what has a list. ``mean_fit_time`` does not include the stacked passes in which candidates are retrained together.
     best_estimator_ : estimator
         Refitted on all the data with ``best_params_``; only if ``refit``.
     best_score_ : float
