@@ -35,7 +35,7 @@ class Verification(NamedTuple):
     """What :func:`retrain_candidates` found.
 
     ``candidates`` are what it was given, and then what was added and did not diverge; ``best`` (n,) is the one of the least validation loss, or "tuned" where
-    that is not known. Neither depends on who watches. ``retrained`` is empty where they cannot be stacked. ``verified`` are λ (C, n) of what was given, and the
+    that is not known; no ``candidates`` and, if they are ranked, no ``best`` depends on who watches. ``retrained`` is empty where they cannot be stacked. ``verified`` are λ (C, n) of what was given, and the
     validation losses (C,), means over folds.
     """
 
@@ -60,6 +60,7 @@ def retrain_candidates(
     *,
     more: bool = True,
     watched: bool = False,
+    ranked: bool = False,
 ) -> Verification:
     """Retrain what :func:`distinct` gave, if that can be stacked; and with ``more``:
 
@@ -70,18 +71,19 @@ def retrain_candidates(
        its range goes;
     4. of others with BatchNorm: "stronger", from the best setting;
     5. of others without, if fits are short (fewer than 1,200 steps, those on all folds together): "noisier", from the best setting, with all strengths of
-       noise a fifth of the way up to their bounds, as long as the best one's training loss, noise and all, ended below its validation loss; "noisier x 2"
+       noise that have a linear range a fifth of the way up to their bounds, as long as the best one's training loss, noise, penalties and all, ended below its validation loss; "noisier x 2"
        and "noisier x 3" from there.
 
     2. and 3. are a second stacked pass, 4. is one, and 5. one for each.
 
-    Where each fit is ``watched`` someone wants to see it happen: they are retrained here all the same, where there is more to find, but are not known.
+    Where each fit is ``watched`` someone wants to see it happen: they are retrained here only where there is more to find, or they must be ``ranked``, and
+    what comes out is not known to the fits.
     """
     space, folds, objective, *_ = task
     small, noise = objective.cost * len(folds) <= _SMALL, _noise(task)
     more = more and (small or objective.has_statistics or bool(noise.any() and _is_short(task)))
     unverified = Verification(candidates, candidates["tuned"], [], None)
-    if watched and not more:
+    if watched and not more and not ranked:
         return unverified
     stronger, found = _STRONGER * (space.log & ~space.rate), _Verified(task)
     first = dict(candidates)
@@ -95,9 +97,9 @@ def retrain_candidates(
         found.add({"stronger": found.best + stronger})
     elif more and not objective.has_statistics:
         for name in _NOISIER:
-            noisier = torch.where(noise, torch.lerp(found.best, space.high, _MORE_NOISE), found.best)
-            if not found.overfits or not found.add({name: noisier}):
+            if not found.overfits:
                 break
+            found.add({name: torch.where(noise, torch.lerp(found.best, space.high, _MORE_NOISE), found.best)})
     given = len(candidates)
     added = zip([*found.tried.items()][given:], found.losses[given:], strict=True)
     # Added ones are not verified: they were chosen by their losses and lie on one line, which would bias how far the response is off.
@@ -109,7 +111,7 @@ def retrain_candidates(
 class _Verified:
     """What has been retrained, pass after pass and all from one seed: settings by their names, and their losses, means over folds.
 
-    ``losses`` (C,) are those of validation, and ``fitted`` (C,) those of training in the last epoch, noise and all.
+    ``losses`` (C,) are those of validation, and ``fitted`` (C,) those of training in the last epoch, noise, penalties and all.
     """
 
     def __init__(self, task: Task):
@@ -167,7 +169,7 @@ def _noise(task: Task) -> Tensor:
 
 
 def _is_short(task: Task) -> bool:
-    """Whether λ̂ has few steps to find out which noise is best: it starts at the estimator's own, which is often none."""
+    """Whether a fit on every fold is short. Then λ̂ has few steps to get away from the estimator's own noise, often none, and fits cost little."""
     net = task.folds[0].net
     return sum(net.max_epochs * math.ceil(len(fold.train.x) / net.batch_size) for fold in task.folds) < _SHORT
 

@@ -23,7 +23,7 @@ from sklearn.model_selection._search import BaseSearchCV
 from sklearn.utils import get_tags
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.validation import _num_samples, indexable
-from torch import Tensor
+from torch import Tensor, allclose
 
 from hypertune.base import TorchEstimator
 from hypertune.callbacks import epochs
@@ -51,7 +51,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
     All folds are trained together, once, while the weights are learned *as a function of the hyperparameters*, which descend
     the validation loss through that function [1]_. For small models a few settings are screened first, to say where to
     start. The tuned setting, that start, the middle between them and the estimator's own setting (and a few more for small
-    models and those with BatchNorm) are then retrained from scratch and scored on every fold, and the best one is refitted
+    models, those with BatchNorm and those that overfit in short fits) are then retrained from scratch and scored on every fold, and the best one is refitted
     on all the data.
 
     Parameters
@@ -143,8 +143,8 @@ class HyperTrainingSearchCV(BaseSearchCV):
     cv_results_ : dict of arrays
         As in ``GridSearchCV``; one row per candidate, with its name under "candidate": "tuned", "middle", "start", "own",
         "stronger"; "tuned x 1.5" where it is half as far again from the tuned setting as the best of these; "lr / 2" and "lr x 2", which
-        are the best of these with other learning rates; "noisier", "noisier x 2" and "noisier x 3"; and "own values", the best
-        of all with the estimator's own values of what has a list. ``mean_fit_time`` does not include the stacked passes in which candidates are retrained together.
+        are the best of these with other learning rates; "noisier", "noisier x 2" and "noisier x 3"; and "own values", the best of
+        these by validation loss (or "tuned", where they cannot be retrained together) with the estimator's own values of what has a list. ``mean_fit_time`` does not include the stacked passes in which candidates are retrained together.
     best_estimator_ : estimator
         Refitted on all the data with ``best_params_``; only if ``refit``.
     best_score_ : float
@@ -424,7 +424,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
         start = None if start is None else whole.insert_rate(start, rated)
         candidates = distinct(tuned, start, whole.current if own is None else None)
         candidates, best, retrained, verified = retrain_candidates(
-            whole, candidates, more=self.start == "screened", watched=self._is_watched()
+            whole, candidates, more=self.start == "screened", watched=self._is_watched(), ranked=own is not None
         )
         if verified is not None:  # the response is of one learning rate
             lam, losses = verified
@@ -437,15 +437,15 @@ class HyperTrainingSearchCV(BaseSearchCV):
         found = {name: chosen | whole.space.decode(lam) for name, lam in candidates.items()}
         if own is None:
             return found
+        # The best of these with the estimator's own values, and the learning rate that was best with them.
         if (
             tried is not None
             and tried.losses.isfinite().all()
             and not any(h.grain for h in whole.space.hyperparameters)
         ):
-            best = whole.insert_rate(
-                best[~whole.space.rate], screen_rate(whole, tried)
-            )  # with the rate that goes with them
-            found["own values"] = {name: own[name] for name in chosen} | whole.space.decode(best)
+            best = whole.insert_rate(best[~whole.space.rate], screen_rate(whole, tried))
+            if not allclose(best, whole.space.encode({name: own[name] for name in whole.space.names})):
+                found["own values"] = own | whole.space.decode(best)
         return found | {"own": own}
 
     def _choose(self) -> tuple[dict[str, Any] | None, dict[str, Any], Task, Tried | None]:

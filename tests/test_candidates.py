@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose
-from scipy.stats import halfnorm, loguniform, uniform
+from scipy.stats import halfnorm, loguniform, norm, uniform
 from sklearn.base import clone
 from torch import nn
 
 from hypertune import MLP
-from hypertune.candidates import distinct, retrain_candidates
+from hypertune.candidates import _is_short, _noise, distinct, retrain_candidates
 from hypertune.retraining import Retrained, retrain
 from tests.test_retraining import NET, Keeping
 
@@ -59,10 +59,7 @@ def verified(iris, monkeypatch):
             candidates, best, retrained, known = retrain_candidates(task, distinct(*lams), **params)
         if known is not None:
             assert_allclose(known[1], loss(known[0]))
-            tried = torch.cat([one.lam for one in retrained])
-            assert torch.equal(best, tried[loss(tried).argmin()])
-        else:
-            assert best is candidates["tuned"]
+        run.best = best
         return torch.stack([*candidates.values()]).squeeze(1).tolist(), [len(r.lam) for r in retrained], known
 
     return run
@@ -172,17 +169,39 @@ def test_where_a_short_fit_overfits_more_noise_is_tried_as_long_as_it_helps(nois
     assert noisier(falls, below, more=False) == []
 
 
-def test_more_noise_is_for_large_models_without_batchnorm_in_short_fits_alone(noisier):
+def test_more_noise_is_for_large_models_without_batchnorm_in_short_fits_alone(noisier, monkeypatch):
     falls, below = lambda lam: 100 - lam[:, 1] - lam[:, 2], lambda lam: 0 * lam[:, 0]
-    assert len(noisier(falls, below)) == 3  # 3 folds of 100 rows, one epoch: 9 steps
-    assert noisier(falls, below, net=clone(LARGE).set_params(batch_size=1)) != []  # 300
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hypertune.candidates._SHORT", 9)
-        assert noisier(falls, below) == []
     normed = {"weight_decay": loguniform(1e-6, 1e1), "input_noise": uniform(0, 2), "mixup": uniform(0, 1)}
     assert [lam[0] for lam in noisier(falls, below, space=normed, net=clone(LARGE).set_params(module=Normed))] == [-6.5]
-    unbounded = {"weight_decay": loguniform(1e-6, 1e1), "input_noise": halfnorm(), "label_smoothing": uniform(0, 0.5)}
-    assert noisier(falls, below, space=unbounded) == []
+    assert noisier(falls, below, net=clone(LARGE).set_params(module=MLP(hidden=(8,))))[0][0] == -6.5  # small
+    monkeypatch.setattr("hypertune.candidates._SHORT", 10)
+    assert len(noisier(falls, below)) == 3  # 3 folds of 100 rows, one epoch: 9 steps
+    monkeypatch.setattr("hypertune.candidates._SHORT", 9)
+    assert noisier(falls, below) == []
+
+
+def test_what_counts_as_noise_and_as_short(iris):
+    """What has bounds, on an axis that is not logarithmic."""
+
+    def jitter(x, y, generator, *, size=0.1):
+        return x + size * torch.randn(x.shape, generator=generator), y
+
+    space = {
+        "weight_decay": uniform(0, 1), "label_smoothing": uniform(0, 0.5), "input_noise": uniform(0, 2), "mixup": uniform(0, 1),
+        "module__dropout": uniform(0, 0.5), "augment__size": uniform(0, 1), "module__input_dropout": loguniform(1e-3, 0.5),
+    }  # fmt: skip
+    net = clone(NET).set_params(augment=jitter, max_epochs=2)
+    task = Keeping(net, space, cv=3, random_state=0).fit(*iris).task
+    assert [h.name for h, is_noise in zip(task.space.hyperparameters, _noise(task), strict=True) if is_noise] == [
+        "input_noise", "mixup", "module__dropout", "augment__size",
+    ]  # fmt: skip
+    unbounded = Keeping(net, {"input_noise": halfnorm(), "augment__size": norm()}, cv=3, random_state=0)
+    assert not _noise(unbounded.fit(*iris).task).any()
+    steps = sum(2 * -(-len(fold.train.x) // NET.batch_size) for fold in task.folds)
+    with pytest.MonkeyPatch.context() as patch:
+        for most, short in ((steps, False), (steps + 1, True)):
+            patch.setattr("hypertune.candidates._SHORT", most)
+            assert _is_short(task) == short
 
 
 def test_with_batchnorm_nothing_follows_where_all_diverged(verified):
@@ -195,6 +214,20 @@ def test_with_batchnorm_nothing_follows_where_all_diverged(verified):
 def test_what_cannot_be_stacked_is_not_retrained_here(verified):
     unknown = clone(NET).set_params(optimizer=torch.optim.Rprop)  # to move each number by itself
     assert verified(away(-5.0), net=unknown) == (FIRST[:4], [], None)
+
+
+@pytest.mark.parametrize(("best", "expected"), [(-5.0, -5.0), (-7.55, -7.5), (-13.0, -13.0)])
+def test_the_best_of_all_is_told_whoever_watches(verified, best, expected):
+    for watched in (False, True):
+        verified(away(best), watched=watched)
+        assert verified.best.tolist() == [expected]
+    verified(away(best), watched=True, more=False)
+    assert verified.best.tolist() == [-8.0]  # nobody asked
+    verified(away(best), watched=True, more=False, ranked=True)
+    assert verified.best.tolist() == [max(expected, -7.5) if expected > -8.0 else expected]
+    unknown = clone(NET).set_params(optimizer=torch.optim.Rprop)
+    verified(away(best), net=unknown)
+    assert verified.best.tolist() == [-8.0]
 
 
 def test_asked_for_no_more_there_is_none(verified):
