@@ -157,13 +157,13 @@ def _on_the_line(space: Space, found: _Verified) -> Candidates:
 
 
 def _noise(task: Task) -> Tensor:
-    """Which coordinates are strengths of noise with an upper bound, on an axis that is not logarithmic: (n,) booleans."""
+    """Which coordinates are strengths of noise, 0 or more and with an upper bound, on an axis that is not logarithmic: (n,) booleans."""
     net = task.folds[0].net
 
     def is_noise(h: Hyperparameter) -> bool:
         inside = h.own.partition("__")[0] in ("module", "augment")
         drawn = inside or net.loss_names.get(h.own) in ("input_noise", "mixup")
-        return drawn and h.coordinate == "linear" and math.isfinite(h.high)
+        return drawn and h.coordinate == "linear" and math.isfinite(h.high) and h.support[0] >= 0
 
     return task.space.mask(is_noise)
 
@@ -189,11 +189,11 @@ def _new(settings: Candidates, known: Iterable[Tensor]) -> Candidates:
     """Those of ``settings`` that differ noticeably from all of ``known`` and from one another."""
     known, kept = list(known), Candidates()
     for name, lam in settings.items():
-        if all(_distance(lam, other) > _NOTICEABLE for other in [*known, *kept.values()]):
+        if all(differ(lam, other) for other in [*known, *kept.values()]):
             kept[name] = lam
     return kept
 
 
-def _distance(lam: Tensor, other: Tensor) -> float:
-    """The largest difference of a coordinate; those that are infinite alike (the logarithm of 0) do not differ."""
-    return float(torch.where(lam == other, 0.0, lam - other).abs().max())
+def differ(lam: Tensor, other: Tensor) -> bool:
+    """Whether a coordinate differs noticeably; those that are infinite alike (the logarithm of 0) do not."""
+    return float(torch.where(lam == other, 0.0, lam - other).abs().max()) > _NOTICEABLE

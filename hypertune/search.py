@@ -23,11 +23,11 @@ from sklearn.model_selection._search import BaseSearchCV
 from sklearn.utils import get_tags
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.validation import _num_samples, indexable
-from torch import Tensor, allclose
+from torch import Tensor
 
 from hypertune.base import TorchEstimator
 from hypertune.callbacks import epochs
-from hypertune.candidates import distinct, retrain_candidates
+from hypertune.candidates import differ, distinct, retrain_candidates
 from hypertune.choices import own_values, split
 from hypertune.comparing import compare
 from hypertune.folds import DrawnOnce, Fold, last_step, make_folds, net_of, prefix_of
@@ -444,7 +444,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
             and not any(h.grain for h in whole.space.hyperparameters)
         ):
             best = whole.insert_rate(best[~whole.space.rate], screen_rate(whole, tried))
-            if not allclose(best, whole.space.encode({name: own[name] for name in whole.space.names})):
+            if differ(best, whole.space.encode({name: own[name] for name in whole.space.names})):
                 found["own values"] = own | whole.space.decode(best)
         return found | {"own": own}
 

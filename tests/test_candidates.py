@@ -195,8 +195,9 @@ def test_what_counts_as_noise_and_as_short(iris):
     assert [h.name for h, is_noise in zip(task.space.hyperparameters, _noise(task), strict=True) if is_noise] == [
         "input_noise", "mixup", "module__dropout", "augment__size",
     ]  # fmt: skip
-    unbounded = Keeping(net, {"input_noise": halfnorm(), "augment__size": norm()}, cv=3, random_state=0)
-    assert not _noise(unbounded.fit(*iris).task).any()
+    for other in (norm(), uniform(-1, 2)):
+        unbounded = Keeping(net, {"input_noise": halfnorm(), "augment__size": other}, cv=3, random_state=0)
+        assert not _noise(unbounded.fit(*iris).task).any()
     steps = sum(2 * -(-len(fold.train.x) // NET.batch_size) for fold in task.folds)
     with pytest.MonkeyPatch.context() as patch:
         for most, short in ((steps, False), (steps + 1, True)):
