@@ -185,6 +185,13 @@ def test_the_best_setting_is_verified_with_the_own_values_too(found, iris):
     assert listed.cv_results_["params"][list(listed.cv_results_["candidate"]).index("own values")].keys() == {*SPACE}
 
 
+def test_own_values_that_hardly_differ_from_the_own_setting_are_left_out(iris):
+    net = clone(NET).set_params(module__hidden=(1,), weight_decay=1e-3)
+    for most, new in ((1.001e-3, set()), (1e-1, {"own values"})):
+        space = {"weight_decay": loguniform(1e-3, most), "module__hidden": [(1,), (16, 16)]}
+        assert {*search(net, space).fit(*iris).cv_results_["candidate"]} & {"own values"} == new
+
+
 def test_scores_are_those_of_own_fits(found, iris):
     assert_scores_are_those_of_own_fits(found, *iris, rel=1e-4)
 
