@@ -13,7 +13,7 @@ from benchmarks.cost import measure_cost
 from benchmarks.figures import FIGURES, runner
 from benchmarks.hypergradients import measure_hypergradients
 from benchmarks.peers import measure_peers
-from benchmarks.problems import ARENA, RATES, SIZES, digits, mnist_conv, mnist_mlp
+from benchmarks.problems import ARENA, RATES, SIZES, SKORCH, digits, mnist_conv, mnist_mlp
 from benchmarks.relevance import measure_relevance
 from benchmarks.robustness import measure_robustness
 from benchmarks.scaling import measure_scaling
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--mnist", metavar="DIR", default=None, help="folder of MNIST's IDX files")
     parser.add_argument("--out", metavar="DIR", type=Path, default=_HERE / "out", help="where results go")
     parser.add_argument(
-        "--problems", nargs="+", choices=[*ARENA, *RATES, *SIZES], default=list(ARENA), metavar="PROBLEM"
+        "--problems", nargs="+", choices=[*ARENA, *RATES, *SIZES, *SKORCH], default=list(ARENA), metavar="PROBLEM"
     )
     parser.add_argument(
         "--cases", nargs="+", choices=list(CASES), default=list(CASES), metavar="CASE", help="of stress"

@@ -19,7 +19,7 @@ from sklearn.utils.parallel import Parallel, delayed
 from tqdm.auto import tqdm
 
 from benchmarks import report, solvers
-from benchmarks.problems import ARENA, RATES, SIZES
+from benchmarks.problems import ARENA, RATES, SIZES, SKORCH
 
 OURS = "hypertune"
 
@@ -40,7 +40,7 @@ def fight(
     Parameters
     ----------
     problems, names : sequence of str
-        Of ``ARENA``, ``RATES`` and ``SIZES`` of :mod:`benchmarks.problems`, and of :data:`benchmarks.solvers.SOLVERS` and ``OF_RATES``.
+        Of ``ARENA``, ``RATES``, ``SIZES`` and ``SKORCH`` of :mod:`benchmarks.problems`, and of :data:`benchmarks.solvers.SOLVERS` and ``OF_RATES``.
     seeds : int
     out : Path
     directory : str, optional
@@ -93,7 +93,7 @@ def _cell(
     scoring: str | None,
 ) -> list[dict[str, Any]]:
     """The rows of some solvers on one problem; ``ours`` is our own row, if it is there already."""
-    problem, rows = (ARENA | RATES | SIZES)[name](seed, directory), []
+    problem, rows = (ARENA | RATES | SIZES | SKORCH)[name](seed, directory), []
     if scoring is not None:
         problem = replace(problem, scoring=scoring)
     for solver in names:

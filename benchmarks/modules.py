@@ -1,9 +1,37 @@
-"""Modules that are no MLP, each with a dropout rate, for benchmarks on generated data."""
+"""Modules, each with a dropout rate: that of skorch nets, and others that are no MLP, for benchmarks on generated data."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+
+class Perceptron(nn.Module):
+    """Two hidden layers, with dropout before and after them: the module of a skorch net."""
+
+    def __init__(
+        self,
+        features: int = 2,
+        outputs: int = 2,
+        hidden: tuple[int, int] = (64, 64),
+        input_dropout: float = 0.0,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        sizes = (features, *hidden)
+        self.input_drop, self.drop, self.out = (
+            nn.Dropout(input_dropout),
+            nn.Dropout(dropout),
+            nn.Linear(hidden[-1], outputs),
+        )
+        self.layers = nn.ModuleList(map(nn.Linear, sizes[:-1], sizes[1:]))
+
+    def forward(self, X: Tensor) -> Tensor:
+        """Rows (B, features); skorch calls them X."""
+        h = self.input_drop(X)
+        for layer in self.layers:
+            h = self.drop(torch.relu(layer(h)))
+        return self.out(h)
 
 
 class Normed(nn.Sequential):

@@ -8,16 +8,20 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.stats import loguniform, uniform
 from sklearn.base import clone
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, load_iris, load_wine
 from sklearn.model_selection import KFold, PredefinedSplit, StratifiedKFold, train_test_split
 from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import FunctionTransformer, StandardScaler
+from skorch import NeuralNetClassifier
 
 from benchmarks import mnist
+from benchmarks.modules import Perceptron
 from hypertune import MLP, TorchClassifier, TorchRegressor, per_feature, per_layer, per_unit
 from hypertune.choices import own_values
+from hypertune.folds import net_of
 from hypertune.space import Space
 from hypertune.tunable import arrangements
 
@@ -70,7 +74,7 @@ class Problem:
     @property
     def coordinates(self) -> Space:
         """The space with every hyperparameter of a finer grain resolved, so that a black-box search can name each number."""
-        net = clone(self.estimator.steps[-1][1] if self.prefix else self.estimator)
+        net = clone(net_of(self.estimator))
         rows = net._encode(self.X, self.y)
         objective = net._make_objective(net._build_module())
         space = Space.from_distributions(self.space, self.prefix)
@@ -79,7 +83,8 @@ class Problem:
     @property
     def current(self) -> dict[str, Any]:
         """The estimator's own setting, inside the declared bounds: where every solver starts."""
-        space, own = self.coordinates, self.estimator.get_params()
+        own = {f"{self.prefix}{name}": value for name, value in net_of(self.estimator).get_params().items()}
+        space = self.coordinates
         return space.decode(space.encode({name: own[name] for name in space.names})) | own_values(self.choices, own)
 
 
@@ -320,4 +325,47 @@ def _with_sizes(
 _SIZED = ("cancer-6", "digits200-6", "digits-6")
 SIZES = {f"{name}+net": partial(_with_sizes, of=ARENA[name], own={}) for name in (*_SIZED, "mnist1000-6")} | {
     f"{name}+small": partial(_with_sizes, of=ARENA[name], own=_SMALL) for name in _SIZED
+}
+
+
+# --- skorch nets ---------------------------------------------------------------------------------------------------------------------
+
+_SKORCH_NAMES = {"weight_decay": "optimizer__weight_decay", "label_smoothing": "criterion__label_smoothing"}
+
+
+def _in_skorch(seed: int, directory: str | None, *, of: Callable[[int, str | None], Problem]) -> Problem:
+    """The same problem for a skorch net with as many units, and what it can tune: no noise on inputs, and the learning rate."""
+    problem = of(seed, directory)
+    net = NeuralNetClassifier(
+        Perceptron,
+        module__features=problem.X.shape[1],
+        module__outputs=len(np.unique(problem.y)),
+        criterion=torch.nn.CrossEntropyLoss,
+        optimizer=torch.optim.Adam,
+        lr=3e-3,
+        max_epochs=100,
+        batch_size=64,
+        iterator_train__shuffle=True,
+        train_split=None,
+        verbose=0,
+    )
+    names = {name.removeprefix(problem.prefix): prior for name, prior in problem.space.items()}
+    space = {
+        _SKORCH_NAMES.get(name, name): prior for name, prior in names.items() if name not in ("input_noise", "mixup")
+    }
+    return replace(
+        problem,
+        name=problem.name.replace("-6+lr", "-5+skorch"),
+        estimator=make_pipeline(StandardScaler(), FunctionTransformer(_single), net),
+        space={f"neuralnetclassifier__{name}": prior for name, prior in space.items()},
+    )
+
+
+def _single(X: np.ndarray) -> np.ndarray:
+    return X.astype(np.float32)
+
+
+SKORCH = {
+    f"{name}-5+skorch": partial(_in_skorch, of=RATES[f"{name}-6+lr"])
+    for name in ("wine", "cancer", "digits200", "digits")
 }

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import optuna
+import torch
 from sklearn.base import clone
 from sklearn.experimental import enable_halving_search_cv  # noqa: F401
 from sklearn.metrics import get_scorer
@@ -86,6 +87,7 @@ def run(
     best, chosen = Trial({}, math.inf), None
     curve: list[tuple[float, float]] = []
     path: dict[str, list[Any]] = {}
+    torch.manual_seed(problem.seed)  # which skorch nets draw from
     start = time.perf_counter()
     for trial in (SOLVERS | OF_RATES)[name](problem, seconds):
         now = time.perf_counter() - start  # the clock

@@ -94,7 +94,7 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
     _one_output = "output"  # what a column of outputs stands for
     _row_shape: tuple[int, ...]
     loss_names: ClassVar[Mapping[str, str]] = {name: name for name in LOSS_HYPERPARAMETERS}
-    rate_name: ClassVar[str | None] = "lr"
+    rate_name: ClassVar[str] = "lr"
     # What a search puts on the estimator that it clones: where weights for its folds' rows may be known already (candidates
     # that were retrained together, or a best response), and the row numbers of its folds by fingerprint of their rows.
     _known: Sequence[Known] = ()

@@ -25,6 +25,7 @@ _WORTHWHILE = 0.02  # of the tuned setting's loss: so much better must another b
 _ON_THE_LINE = (0.5, 1.5, 2.0, 3.0)  # times as far from the tuned setting as the best one
 _NOISIER, _MORE_NOISE = ("noisier", "noisier x 2", "noisier x 3"), 0.2  # of the way up to the bounds
 _SHORT = 1_200  # training steps
+_ALWAYS = ("tuned", "own")
 _OTHER_RATES = {"lr / 2": 0.5, "lr x 2": 2.0}
 
 
@@ -60,6 +61,7 @@ def retrain_candidates(
     *,
     more: bool = True,
     watched: bool = False,
+    ours: bool = True,
     ranked: bool = False,
 ) -> Verification:
     """Retrain what :func:`distinct` gave, if that can be stacked; and with ``more``:
@@ -77,13 +79,14 @@ def retrain_candidates(
     2. and 3. are a second stacked pass, 4. is one, and 5. one for each.
 
     Where each fit is ``watched`` someone wants to see it happen: they are retrained here only where there is more to find, or they must be ``ranked``, and
-    what comes out is not known to the fits.
+    what comes out is not known to the fits. Nor is it to those of a net that is not ``ours``: then there are 1. to 3. alone, and left of all settings are "tuned",
+    "own" and the best, since each costs a fit on every fold.
     """
     space, folds, objective, *_ = task
     small, noise = objective.cost * len(folds) <= _SMALL, _noise(task)
-    more = more and (small or objective.has_statistics or bool(noise.any() and _is_short(task)))
+    more = more and (small or (ours and (objective.has_statistics or bool(noise.any() and _is_short(task)))))
     unverified = Verification(candidates, candidates["tuned"], [], None)
-    if watched and not more and not ranked:
+    if (watched or not ours) and not more and not ranked:
         return unverified
     stronger, found = _STRONGER * (space.log & ~space.rate), _Verified(task)
     first = dict(candidates)
@@ -105,7 +108,9 @@ def retrain_candidates(
     # Added ones are not verified: they were chosen by their losses and lie on one line, which would bias how far the response is off.
     verified = torch.stack([*candidates.values()]), found.losses[:given]
     candidates = candidates | {name: lam for (name, lam), loss in added if loss.isfinite()}
-    return Verification(candidates, found.best, [] if watched else found.retrained, verified)
+    if not ours:
+        candidates = {name: lam for name, lam in candidates.items() if name in _ALWAYS or torch.equal(lam, found.best)}
+    return Verification(candidates, found.best, found.retrained if ours and not watched else [], verified)
 
 
 class _Verified:

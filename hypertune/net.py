@@ -21,14 +21,14 @@ class Net(Protocol):
     ----------
     loss_names : mapping from str to str
         Its parameters that are hyperparameters of the loss, and which (:data:`hypertune.objective.LOSS_HYPERPARAMETERS`).
-    rate_name : str or None
-        The one that is the learning rate, if a search may try others.
+    rate_name : str
+        The one that is the learning rate.
     batch_size, max_epochs : int
     device : str
     """
 
     loss_names: ClassVar[Mapping[str, str]]
-    rate_name: ClassVar[str | None]
+    rate_name: ClassVar[str]
 
     @property
     def batch_size(self) -> int: ...

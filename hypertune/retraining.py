@@ -55,7 +55,7 @@ class Retrained:
     objective : Objective
         With running statistics and memories of all of them, if there are any.
     keys : list of K str
-        Fingerprints of the folds' training rows; empty for padded folds, whose separate fits see other columns.
+        Fingerprints of the folds' training rows; empty for padded folds, whose separate fits see other columns, and for nets that are not ours.
     settings : dict from str to value
         The net's other parameters, at which they were trained.
     n_outputs : int
@@ -132,14 +132,15 @@ def retrain(
     space, folds, objective, *_ = task
     net, K, C = folds[0].net, len(folds), len(lam)
     if (
-        not isinstance(net, TorchEstimator)
-        or not (objective.stacked or unstacked)
+        not (objective.stacked or unstacked)
         or K * C * objective.D > _MOST_WEIGHTS
         or any(h.grain == "row" for h in space.hyperparameters)
         or not _feel_the_same_noise(folds)
     ):
         return None
-    seed = draw_seed(clone(net).random_state) if seed is None else seed
+    ours = isinstance(net, TorchEstimator)
+    if seed is None:
+        seed = draw_seed(clone(net).random_state) if ours else task.seed
     epochs = net.max_epochs if epochs is None else epochs
     # Folds of other sizes have other minibatches and schedules: those that are alike are trained together.
     alike: dict[tuple[int, int], list[int]] = {}
@@ -165,9 +166,10 @@ def retrain(
     objective = objective.with_statistics_of(
         K, C, kept, [one for k in order for one in memories[k]] if memories else None
     )
-    keys = [] if folds[0].padded else [fingerprint(*fold.train[:3]) for fold in folds]
+    keys = [fingerprint(*fold.train[:3]) for fold in folds] if ours and not folds[0].padded else []
     settings = plain_settings(net, {h.own for h in space.hyperparameters})
-    return Retrained(space, lam, weights.cpu().numpy(), curves.cpu(), objective, keys, settings, net.n_outputs_, seed)
+    outputs = getattr(net, "n_outputs_", 1)
+    return Retrained(space, lam, weights.cpu().numpy(), curves.cpu(), objective, keys, settings, outputs, seed)
 
 
 class _Trained(NamedTuple):
@@ -203,7 +205,7 @@ def _train(task: Task, lam: Tensor, epochs: int, seed: int) -> _Trained | None:
         set_rng_state(own[0].noise, w.device)
         del own  # as many models
         values = make_values(space.without_rate, objective, net)(lam[:, ~space.rate].to(w), K)
-        optimizers = _Optimizers(net, w, [setting.get(net.rate_name or "") for setting in settings], epochs * per_epoch)
+        optimizers = _Optimizers(net, w, [setting.get(net.rate_name) for setting in settings], epochs * per_epoch)
         if optimizers.hooked or (optimizers.coupled and K * C > 1):
             return None
         curves = torch.zeros(K, C, epochs, device=w.device, dtype=w.dtype)
@@ -240,7 +242,7 @@ class _Optimizers:
         self.hooked = self.coupled = False
         for rate in dict.fromkeys(rates):
             which = [c for c, other in enumerate(rates) if other == rate]
-            own = net if rate is None else copy.copy(net).set_params(**{net.rate_name or "": rate})
+            own = net if rate is None else copy.copy(net).set_params(**{net.rate_name: rate})
             part = w if len(which) == len(rates) else nn.Parameter(w.data[:, which])
             optimizer, schedule = own._make_optimizer([part], steps)
             one, _ = own._make_optimizer([nn.Parameter(part.data[0, :1])], steps)
@@ -276,7 +278,7 @@ def _settings_of(optimizer: torch.optim.Optimizer) -> list[str]:
 
 def _feel_the_same_noise(folds: list[Fold]) -> bool:
     """Whether the same columns hold codes in the training rows of all folds."""
-    noisy = [fold.net._noisy for fold in folds]  # type: ignore[attr-defined]
+    noisy = [getattr(fold.net, "_noisy", None) for fold in folds]
     return all(
         one is noisy[0] or (one is not None and noisy[0] is not None and torch.equal(one, noisy[0])) for one in noisy
     )

@@ -65,7 +65,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
         and an ``augment`` function, and every ``module__…`` keyword that sets a dropout rate or another number which only training
         reads. Beside one of these ``lr``, of which some values are tried before, and any other parameter of the estimator or of a Pipeline's steps
         with a list of values (or a ``CategoricalDistribution``), of which the best is chosen before. The penalties may have a value for each layer, unit, weight or feature, with
-        :func:`per_layer`, :func:`per_unit`, :func:`per_weight`, :func:`per_feature` around the distribution. Of a skorch net ``optimizer__weight_decay``, ``criterion__label_smoothing`` and ``module__…``.
+        :func:`per_layer`, :func:`per_unit`, :func:`per_weight`, :func:`per_feature` around the distribution. Of a skorch net ``optimizer__weight_decay``, ``criterion__label_smoothing`` and ``module__…`` have a gradient.
     algorithm : {"auto", "joint", "global", "simplified", "implicit", "t1t2", "unrolled", "forward", "hybrid"} or instance, \
             default="auto"
         "joint", "global" and "simplified" are Algorithms 3, 2 and 4 of the paper: hypernetwork and hyperparameters together,
@@ -81,7 +81,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
         Where the hyperparameters start: at the best of a few settings that are trained first, or at the estimator's own (a
         logarithmic one that is at the bound of its range, such as a ``weight_decay`` of 0, at quantile 1/3 of its distribution).
         Screened are small models that can be stacked; and, if a logarithmic hyperparameter is tuned, those with BatchNorm that are
-        larger or cannot be stacked, on one fold. Not with ``evaluate="hypernetwork"``, ``algorithm="global"``, skorch nets or ``sample_weight``. "screened" also
+        larger or cannot be stacked, on one fold. Not with ``evaluate="hypernetwork"``, ``algorithm="global"`` or ``sample_weight``. "screened" also
         begins again, with less regularisation, where nothing but a constant prediction was left at the end. "estimator" verifies the tuned
         setting and the estimator's own only. An ``lr`` or a list in the space needs "screened".
     evaluate : {"retrain", "hypernetwork"}, default="retrain"
@@ -144,7 +144,8 @@ class HyperTrainingSearchCV(BaseSearchCV):
         As in ``GridSearchCV``; one row per candidate, with its name under "candidate": "tuned", "middle", "start", "own",
         "stronger"; "tuned x 1.5" where it is half as far again from the tuned setting as the best of these; "lr / 2" and "lr x 2", which
         are the best of these with other learning rates; "noisier", "noisier x 2" and "noisier x 3"; and "own values", the best of
-        these by validation loss (or "tuned", where they cannot be retrained together) with the estimator's own values of what has a list. ``mean_fit_time`` does not include the stacked passes in which candidates are retrained together.
+        these by validation loss (or "tuned", where they cannot be retrained together) with the estimator's own values of what has a list. Of small skorch nets
+        "tuned", the best of these and "own" alone. ``mean_fit_time`` does not include the stacked passes in which candidates are retrained together.
     best_estimator_ : estimator
         Refitted on all the data with ``best_params_``; only if ``refit``.
     best_score_ : float
@@ -424,7 +425,12 @@ class HyperTrainingSearchCV(BaseSearchCV):
         start = None if start is None else whole.insert_rate(start, rated)
         candidates = distinct(tuned, start, whole.current if own is None else None)
         candidates, best, retrained, verified = retrain_candidates(
-            whole, candidates, more=self.start == "screened", watched=self._is_watched(), ranked=own is not None
+            whole,
+            candidates,
+            more=self.start == "screened",
+            watched=self._is_watched(),
+            ours=isinstance(net_of(self.estimator), TorchEstimator),
+            ranked=own is not None,
         )
         if verified is not None:  # the response is of one learning rate
             lam, losses = verified
@@ -467,6 +473,8 @@ class HyperTrainingSearchCV(BaseSearchCV):
         net, prefix, settings = net_of(self._given), prefix_of(self._given), self._settings(self._given)
         check_choices(type(self.estimator).__name__, settings, choices, ranges, net, prefix)
         self._check_tried([*choices])
+        if self.estimator is self._given:
+            self.estimator = clone(self.estimator)
         first = own_values(choices, settings)
         chosen, own, tried = compare(choices, first, self.estimator, self._make_task, progress=self.verbose > 0)
         return None if chosen is first else own, chosen, self._make_task(), tried
@@ -474,7 +482,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
     def _split(self) -> tuple[dict[str, list[Any]], dict[str, Any]]:
         """What has a list of values and no gradient, and the rest of the space."""
         net, prefix = net_of(self.estimator), prefix_of(self.estimator)
-        return split(self.param_distributions, {prefix + name for name in (*net.loss_names, net.rate_name or "")})
+        return split(self.param_distributions, {prefix + name for name in (*net.loss_names, net.rate_name)})
 
     def _make_task(self) -> Task:
         """What is to be trained; refuses what cannot be."""

@@ -44,10 +44,16 @@ class SkorchNet:
         "optimizer__weight_decay": "weight_decay",
         "criterion__label_smoothing": "label_smoothing",
     }
-    rate_name: ClassVar[str | None] = None
+    rate_name: ClassVar[str] = "lr"
 
     def __sklearn_clone__(self) -> SkorchNet:
         return SkorchNet(clone(self.net))
+
+    def __copy__(self) -> SkorchNet:
+        copied = clone(self.net)  # a shallow copy would share what skorch notes of the parameters that were set
+        if hasattr(self.net, "classes_inferred_"):
+            copied.classes_inferred_ = self.net.classes_inferred_
+        return SkorchNet(copied)
 
     # --- its parameters ----------------------------------------------------------------------------------------------
 
@@ -79,6 +85,8 @@ class SkorchNet:
 
     def _why_not(self, name: str) -> str | None:
         params = self.get_params()
+        if name == "lr" and "lr" in (set_on_it := self.net.get_params_for("optimizer")):
+            return f"the net has optimizer__lr={set_on_it['lr']:g}, which is used in its place: leave that out"
         if name == "optimizer__weight_decay" and _decouples(self.net.optimizer, params):
             return (
                 f"{self.net.optimizer.__name__} shrinks the weights beside the loss, so no loss belongs to it. Use "
@@ -186,10 +194,8 @@ class SkorchNet:
 
     def _adopt(self, module: nn.Module) -> NeuralNet:
         with isolated(0, self.device):
-            net = clone(self.net).set_params(verbose=0).initialize().set_params(verbose=self.net.verbose)
+            net = copy.copy(self).net.set_params(verbose=0).initialize().set_params(verbose=self.net.verbose)
         net.module_.load_state_dict(module.state_dict())
-        if hasattr(self.net, "classes_inferred_"):
-            net.classes_inferred_ = self.net.classes_inferred_
         return net
 
     # --- the loss -------------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def check_choices(
     Raises
     ------
     ValueError
-        For what the estimator has no parameter for, a whole net, a criterion, skorch nets, beside a weight for each row, and where there is
+        For what the estimator has no parameter for, a whole net, a criterion, beside a weight for each row, and where there is
         nothing else to tune.
     """
     for name in choices:
@@ -73,9 +73,7 @@ def check_choices(
         if name not in settings:
             raise ValueError(f"{where}: {owner} has no such parameter; {_hint(name, settings)}")
         why = None
-        if net.rate_name is None:
-            why = "of a skorch net none is compared"
-        elif f"{prefix}sample_weight" in ranges:
+        if f"{prefix}sample_weight" in ranges:
             why = "none is compared beside a weight for each row"
         elif f"{name}__" == prefix:
             why = "values are compared for the parameters of a net, and not whole nets"
@@ -88,7 +86,7 @@ def check_choices(
     if choices and not ranges:
         raise ValueError(
             f"param_distributions has nothing but lists, for {sorted(choices)}: GridSearchCV tries them all. Here they are compared beside what gradients "
-            f"tune: give that, too, such as {prefix + 'weight_decay'!r}: loguniform(1e-6, 1e1)."
+            f"tune: give that, too, such as {prefix + next(iter(net.loss_names))!r}: loguniform(1e-6, 1e1)."
         )
 
 
@@ -196,17 +194,17 @@ def check_names(net: Net, space: Space) -> None:
             )
         if own.startswith(("module__", "penalty__", "augment__")):
             continue
-        if h.is_rate:
-            _check_rate(h, space.without_rate)
-            continue
-        if own not in net.loss_names:
+        if not h.is_rate and own not in net.loss_names:
             raise ValueError(
                 f"{where}: {own!r} does not change the loss that training minimises, so there is no gradient to follow "
                 f"(Lorraine & Duvenaud 2018, section 2.2): {ELSEWHERE} By gradient: {sorted(net.loss_names)}, {'the keywords of penalty and augment, ' * ('augment' in net.get_params())}"
-                f"and the dropout rates among module__…{f'; and by trying some values: {net.rate_name}' if net.rate_name else ''}."
+                f"and the dropout rates among module__…; and by trying some values: {net.rate_name}."
             )
         if reason := net._why_not(own):
             raise ValueError(f"{where}: {reason}.")
+        if h.is_rate:
+            _check_rate(h, space.without_rate, such_as=h.prefix + next(iter(net.loss_names)))
+            continue
         low, high = LOSS_HYPERPARAMETERS[net.loss_names[own]]
         if not (low <= h.support[0] and h.support[1] <= high):
             raise ValueError(
@@ -214,13 +212,13 @@ def check_names(net: Net, space: Space) -> None:
             )
 
 
-def _check_rate(h: Hyperparameter, others: Space) -> None:
+def _check_rate(h: Hyperparameter, others: Space, such_as: str) -> None:
     """Refuse a learning rate that cannot be tried."""
     where, (low, high) = f"param_distributions[{h.name!r}]", h.support
     if not others.hyperparameters:
         raise ValueError(
             f"{where}: the search is for hyperparameters of the loss, with the learning rate beside them. Put one there, such as "
-            f"{h.prefix}weight_decay, or give the learning rate alone to {OUTER}."
+            f"{such_as}, or give the learning rate alone to {OUTER}."
         )
     if any(other.grain == "row" for other in others.hyperparameters):
         raise ValueError(

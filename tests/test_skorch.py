@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 
 import numpy as np
@@ -10,8 +11,9 @@ import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy.stats import loguniform, uniform
+from sklearn.base import clone
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_iris
-from sklearn.model_selection import cross_val_score
+from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from skorch import NeuralNetBinaryClassifier, NeuralNetClassifier, NeuralNetRegressor
@@ -21,8 +23,10 @@ from torch import nn
 
 from hypertune import HyperTrainingSearchCV, per_layer
 from hypertune.batches import Batch
+from hypertune.retraining import retrain
 from hypertune.skorch import SkorchNet
 from hypertune.training import hyper_train
+from tests.test_retraining import Keeping
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:skorch", "ignore:.*weights_only.*:FutureWarning")
 
@@ -41,6 +45,7 @@ SPACE = {
     "module__dropout": uniform(0, 0.6),
     "criterion__label_smoothing": uniform(0, 0.3),
 }
+RATED = SPACE | {"lr": loguniform(1e-4, 0.3)}
 
 
 def classifier(**params) -> NeuralNetClassifier:
@@ -58,7 +63,8 @@ def classifier(**params) -> NeuralNetClassifier:
 
 
 def search(net, space=SPACE, **params) -> HyperTrainingSearchCV:
-    return HyperTrainingSearchCV(net, space, cv=3, random_state=0, error_score="raise", start="estimator", **params)
+    defaults = {"cv": 3, "random_state": 0, "error_score": "raise", "start": "estimator"}
+    return HyperTrainingSearchCV(net, space, **{**defaults, **params})
 
 
 @pytest.fixture(scope="module")
@@ -154,14 +160,81 @@ def test_the_learning_rate_follows_the_nets_scheduler():
         (classifier(optimizer=type("Muon", (torch.optim.SGD,), {})), SPACE, "Muon works on the matrices"),
         (classifier(criterion__weight=torch.ones(3)), SPACE, "needs criterion=torch.nn.CrossEntropyLoss"),
         (classifier(), {"optimizer__weight_decay": per_layer(loguniform(1e-5, 1))}, "This one is a single number"),
-        (classifier(), {"lr": loguniform(1e-4, 1)}, "does not change the loss"),
+        (classifier(), {"lr": loguniform(1e-4, 1)}, "such as optimizer__weight_decay"),
+        (classifier(), {"optimizer__lr": loguniform(1e-4, 1)}, "by trying some values: lr"),
+        (
+            classifier(optimizer__lr=0.1),
+            SPACE | {"lr": loguniform(1e-4, 1)},
+            r"optimizer__lr=0\.1, which is used in its place",
+        ),
+        (classifier(), {"module__width": [4, 8]}, "such as 'optimizer__weight_decay'"),
+        (classifier(), SPACE | {"criterion": [nn.CrossEntropyLoss, nn.NLLLoss]}, "of different units"),
         (classifier(), {"module__dropuot": uniform(0, 0.5)}, "did you mean 'module__dropout'"),
         (classifier(), {"module__width": uniform(4, 10)}, "the factory does not take"),
     ],
 )
 def test_what_cannot_be_tuned_is_refused_before_training(iris32, net, space, message):
     with pytest.raises((ValueError, TypeError), match=message):
-        search(net, space).fit(*iris32)
+        search(net, space, start="screened").fit(*iris32)
+
+
+def test_a_stack_is_what_skorch_trains(iris32):
+    """Two settings on two folds, full batches: the weights of four fits of skorch's own."""
+    X, y = iris32
+    net = classifier(batch_size=-1, max_epochs=7, callbacks=[LRScheduler("StepLR", step_size=3)])
+    splits = list(StratifiedKFold(2).split(X, y))
+    task = Keeping(net, RATED, cv=splits, random_state=0).fit(X, y).task
+    settings = [
+        {"module__dropout": 0.0, "criterion__label_smoothing": 0.1, "optimizer__weight_decay": decay, "lr": lr}
+        for decay, lr in ((1e-4, 0.02), (0.1, 0.05))
+    ]
+    found = retrain(task, torch.stack([task.space.encode(one) for one in settings]), seed=5)
+    for k, (train, _) in enumerate(splits):
+        for c, setting in enumerate(settings):
+            torch.manual_seed(5)
+            alone = clone(net).set_params(**setting).fit(X[train], y[train])
+            weights = np.concatenate([p.detach().numpy().ravel() for p in alone.module_.parameters()])
+            assert_allclose(found.weights[k, c], weights, rtol=1e-3, atol=1e-4)
+    assert not found.keys  # and none of skorch's is taken for one of these
+
+
+@pytest.mark.parametrize("lr", [1e-4, 0.02])
+def test_it_is_screened_and_the_learning_rate_tried(iris32, lr):
+    """From a learning rate with which nothing is learned, too; what is verified is fitted by skorch, so only a few settings are."""
+    X, y = iris32
+    torch.manual_seed(0)
+    found = search(classifier(lr=lr), RATED, start="screened", scoring="neg_log_loss").fit(X, y)
+    names = [*found.cv_results_["candidate"]]
+    assert names[0] == "tuned"
+    assert "own" in names
+    assert len(names) <= 3
+    assert found.best_params_["lr"] > 0.005
+    assert found.best_score_ > -0.15
+    low, high = found.best_response_.validation_band("module__dropout", [found.best_params_["module__dropout"]])[0]
+    assert 0 < low < high
+
+
+def test_lists_of_values_are_compared(iris32):
+    X, y = iris32
+    torch.manual_seed(0)
+    net = classifier(module__width=1, batch_size=-1)
+    space = SPACE | {"module__width": [1, 32], "batch_size": [-1, 16], "optimizer": [torch.optim.Adam, torch.optim.SGD]}
+    found = search(net, space, start="screened", scoring="neg_log_loss").fit(X, y)
+    assert {k: found.best_params_[k] for k in ("module__width", "batch_size")} == {
+        "module__width": 32,
+        "batch_size": 16,
+    }
+    assert found.best_params_["optimizer"] is torch.optim.Adam
+    assert found.best_estimator_.module_.hidden.out_features == 32
+    assert {"own", "own values"} <= {*found.cv_results_["candidate"]}
+    assert (net.module__width, net.batch_size) == (1, -1)
+
+
+def test_a_copy_shares_no_parameters():
+    net = SkorchNet(classifier())
+    copied = copy.copy(net)
+    copied.set_params(lr=1.0, module__dropout=0.5)
+    assert (net.net.lr, net.get_params()["module__dropout"]) == (0.02, 0.1)
 
 
 def test_data_that_skorch_would_not_take_is_refused_early(iris32):
