@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self, get_args
@@ -27,19 +26,17 @@ from torch import Tensor
 
 from hypertune.base import TorchEstimator
 from hypertune.callbacks import epochs
-from hypertune.candidates import differ, distinct, retrain_candidates
 from hypertune.choices import own_values, split
 from hypertune.comparing import compare
 from hypertune.folds import DrawnOnce, Fold, last_step, make_folds, net_of, prefix_of
 from hypertune.hypergradients import Description
 from hypertune.hypernetworks import HYPERNETWORKS, Builder
-from hypertune.hyperprior import choose_scale
 from hypertune.net import Known
+from hypertune.proposal import Chosen, propose
 from hypertune.randomness import draw_seed, gradients
 from hypertune.recipes import NAMES
 from hypertune.response import BestResponse
 from hypertune.space import Space
-from hypertune.starts import Tried, out_of_corners, restarts, screen, screen_rate
 from hypertune.task import Task, stack
 from hypertune.training import hyper_train
 from hypertune.tunable import check_choices, check_names, check_settings, of_net
@@ -393,91 +390,37 @@ class HyperTrainingSearchCV(BaseSearchCV):
 
     def _propose_candidates(self) -> Mapping[str, dict[str, Any]] | list[dict[str, Any]]:
         """Hyper-train, and return the settings to verify, by name. A subclass may put any other proposal in its place, without names too."""
-        own, chosen, whole, tried = self._choose()
-        rated = screen_rate(whole, None if own else tried)  # λ, with the learning rate
-        space, folds, _, current, _ = task = whole.with_rate(rated)
-        start = None
-        if self.evaluate == "retrain" and self.start == "screened" and self.algorithm != "global":
-            start = screen(task)
-        begin = out_of_corners(space, current if start is None else start)
-        tune, grain_scale = self._tuner(begin), self.grain_scale
-        if isinstance(grain_scale, str):
-            held = space.mask(lambda h: h.size > 1 and h.grain != "row").any()
-
-            def of_folds(some: list[Fold], scale: float) -> BestResponse:
-                return tune(task._replace(folds=some), grain_scale=scale)[0]
-
-            grain_scale = choose_scale(of_folds, folds) if held else None
-        with self._hyper_training_task(self._epochs()) as end_epoch:
-            response, history = tune(task, grain_scale=grain_scale, end_epoch=end_epoch)
-        stopped = history["epoch"][-1] < self._epochs()
-        for again in restarts(space, begin):
-            if self.start != "screened" or self.evaluate != "retrain" or stopped or not response.is_constant():
-                break
-            response, history = tune(task, start=again, grain_scale=grain_scale)
-        rate = {h.name: whole.space.decode(rated)[h.name] for h in whole.space.hyperparameters if h.is_rate}
-        self.history_ = history | {"grain_scale": grain_scale} | rate
-        if self.evaluate == "hypernetwork":
-            self.best_response_ = response
-            self._known.append(response)
-            return {"tuned": response.params}
-        tuned = whole.insert_rate(space.encode(response.params), rated)
-        start = None if start is None else whole.insert_rate(start, rated)
-        candidates = distinct(tuned, start, whole.current if own is None else None)
-        candidates, best, retrained, verified = retrain_candidates(
-            whole,
-            candidates,
-            more=self.start == "screened",
+        chosen, retrains, n_epochs = self._choose(), self.evaluate == "retrain", self._epochs()
+        found = propose(
+            chosen,
+            self._tuner,
+            partial(self._hyper_training_task, n_epochs),
+            epochs=n_epochs,
+            screened=self.start == "screened" and retrains,
+            anywhere=self.algorithm == "global",
+            verified=retrains,
+            grain_scale=self.grain_scale,
             watched=self._is_watched(),
             ours=isinstance(net_of(self.estimator), TorchEstimator),
-            ranked=own is not None,
+            prefix=prefix_of(self.estimator),
         )
-        if verified is not None:  # the response is of one learning rate
-            lam, losses = verified
-            same = (lam == rated)[:, whole.space.rate].all(dim=1)
-            verified = lam[same][:, ~whole.space.rate], losses[same]
-        self.best_response_ = replace(response, verified=verified)
-        prefix = prefix_of(self.estimator)
-        of_the_net = {name.removeprefix(prefix): v for name, v in chosen.items() if name.startswith(prefix)}
-        self._known += [replace(one, chosen=of_the_net) for one in retrained]
-        found = {name: chosen | whole.space.decode(lam) for name, lam in candidates.items()}
-        if own is None:
-            return found
-        # The best of these with the estimator's own values, and the learning rate that was best with them.
-        if (
-            tried is not None
-            and tried.losses.isfinite().all()
-            and not any(h.grain for h in whole.space.hyperparameters)
-        ):
-            best = whole.insert_rate(best[~whole.space.rate], screen_rate(whole, tried))
-            if differ(best, whole.space.encode({name: own[name] for name in whole.space.names})):
-                found["own values"] = own | whole.space.decode(best)
-        return found | {"own": own}
+        self.history_, self.best_response_ = found.history, found.response
+        self._known += found.known
+        return found.settings
 
-    def _choose(self) -> tuple[dict[str, Any] | None, dict[str, Any], Task, Tried | None]:
-        """Give our copy of the estimator the best values of what has a list of them.
-
-        Returns
-        -------
-        own : dict or None
-            The setting of the estimator itself, where these are not its own values.
-        chosen : dict from str to value
-        task : Task
-            With these values.
-        tried : Tried or None
-            The short trainings with the estimator's own values, if there were any.
-        """
+    def _choose(self) -> Chosen:
+        """Give our copy of the estimator the best values of what has a list of them."""
         choices, ranges = self._split()
         if not choices:
-            return None, {}, self._make_task(), None
+            return Chosen(self._make_task(), {}, None, None)
         net, prefix, settings = net_of(self._given), prefix_of(self._given), self._settings(self._given)
         check_choices(type(self.estimator).__name__, settings, choices, ranges, net, prefix)
         self._check_tried([*choices])
         if self.estimator is self._given:
             self.estimator = clone(self.estimator)
         first = own_values(choices, settings)
-        chosen, own, tried = compare(choices, first, self.estimator, self._make_task, progress=self.verbose > 0)
-        return None if chosen is first else own, chosen, self._make_task(), tried
+        values, own, tried = compare(choices, first, self.estimator, self._make_task, progress=self.verbose > 0)
+        return Chosen(self._make_task(), values, None if values is first else own, tried)
 
     def _split(self) -> tuple[dict[str, list[Any]], dict[str, Any]]:
         """What has a list of values and no gradient, and the rest of the space."""

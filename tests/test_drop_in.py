@@ -159,7 +159,9 @@ def test_a_failing_candidate_gets_the_error_score(iris):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TorchEstimator, "fit", fit)
-        patch.setattr("hypertune.search.out_of_corners", lambda space, current: current + torch.tensor([0.0, 0.0, 2.0]))
+        patch.setattr(
+            "hypertune.proposal.out_of_corners", lambda space, current: current + torch.tensor([0.0, 0.0, 2.0])
+        )
         with pytest.warns(FitFailedWarning, match="3 fits failed out of a total of 6"):
             found = search(**make, error_score=-99.0, hyper_lr=1e-3).fit(*iris)
         assert found.cv_results_["mean_test_score"][1] == -99.0

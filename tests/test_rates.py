@@ -243,7 +243,7 @@ def test_the_response_is_that_of_one_learning_rate(iris):
 
 
 def test_where_the_learning_rate_was_right_all_candidates_tell_how_far_the_response_is_off(iris, monkeypatch):
-    monkeypatch.setattr("hypertune.search.screen_rate", lambda task, tried: task.current)
+    monkeypatch.setattr("hypertune.proposal.screen_rate", lambda task, tried: task.current)
     found = search().fit(*iris)
     assert len(found.best_response_.verified[1]) == len(
         {"tuned", "middle", "start", "own"} & {*found.cv_results_["candidate"]}

@@ -240,7 +240,7 @@ def test_restarts_are_never_stronger_than_what_died():
 
 def test_a_restart_is_from_where_the_run_began_and_not_from_a_bound(iris, monkeypatch):
     begun = []
-    monkeypatch.setattr("hypertune.search.restarts", lambda space, lam: begun.append(space.decode(lam)) or [])
+    monkeypatch.setattr("hypertune.proposal.restarts", lambda space, lam: begun.append(space.decode(lam)) or [])
     net = clone(NET).set_params(weight_decay=10.0, max_epochs=1)
     monkeypatch.setattr("hypertune.starts._SCREENED", 0)
     search(net, {"weight_decay": loguniform(1e-5, 1e1)}, start="screened").fit(*iris)
