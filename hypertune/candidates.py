@@ -35,8 +35,8 @@ Candidates = dict[str, Tensor]  # by name, λ of each, (n,)
 class Verification(NamedTuple):
     """What :func:`retrain_candidates` found.
 
-    ``candidates`` are what it was given, and then what was added and did not diverge; ``best`` (n,) is the one of the least validation loss, or "tuned" where
-    that is not known; no ``candidates`` and, if they are ranked, no ``best`` depends on who watches. ``retrained`` is empty where they cannot be stacked. ``verified`` are λ (C, n) of what was given, and the
+    ``candidates`` are what it was given, and then what was added and did not diverge, without what only luck would make the best; ``best`` (n,) is the one of the least
+    validation loss if a bit more had been seen (:meth:`hypertune.retraining.Retrained.cautious_losses`), or "tuned" where that is not known; no ``candidates`` and, if they are ranked, no ``best`` depends on who watches. ``retrained`` is empty where they cannot be stacked. ``verified`` are λ (C, n) of what was given, and the
     validation losses (C,), means over folds.
     """
 
@@ -76,7 +76,8 @@ def retrain_candidates(
        noise that have a linear range a fifth of the way up to their bounds, as long as the best one's training loss, noise, penalties and all, ended below its validation loss; "noisier x 2"
        and "noisier x 3" from there.
 
-    2. and 3. are a second stacked pass, 4. is one, and 5. one for each.
+    2. and 3. are a second stacked pass, 4. is one, and 5. one for each. What has a lower validation loss than the best, by its luck with the rows that were seen, is
+    left out: a search that chooses by them would take it. "tuned" and "own" are always there.
 
     Where each fit is ``watched`` someone wants to see it happen: they are retrained here only where there is more to find, or they must be ``ranked``, and
     what comes out is not known to the fits. Nor is it to those of a net that is not ``ours``: then there are 1. to 3. alone, and left of all settings are "tuned",
@@ -108,21 +109,22 @@ def retrain_candidates(
     # Added ones are not verified: they were chosen by their losses and lie on one line, which would bias how far the response is off.
     verified = torch.stack([*candidates.values()]), found.losses[:given]
     candidates = candidates | {name: lam for (name, lam), loss in added if loss.isfinite()}
-    if not ours:
-        candidates = {name: lam for name, lam in candidates.items() if name in _ALWAYS or torch.equal(lam, found.best)}
+    left_out = found.lucky if ours else {name for name, lam in candidates.items() if not torch.equal(lam, found.best)}
+    candidates = {name: lam for name, lam in candidates.items() if name in _ALWAYS or name not in left_out}
     return Verification(candidates, found.best, found.retrained if ours and not watched else [], verified)
 
 
 class _Verified:
     """What has been retrained, pass after pass and all from one seed: settings by their names, and their losses, means over folds.
 
-    ``losses`` (C,) are those of validation, and ``fitted`` (C,) those of training in the last epoch, noise, penalties and all.
+    ``losses`` (C,) are those of validation, ``cautious`` (C,) the same as if a bit more had been seen, by which the best is chosen, and ``fitted`` (C,) those of
+    training in the last epoch, noise, penalties and all.
     """
 
     def __init__(self, task: Task):
         self.task = task
         self.tried, self.retrained = Candidates(), list[Retrained]()
-        self.losses = self.fitted = torch.empty(0, device="cpu")
+        self.losses = self.cautious = self.fitted = torch.empty(0, device="cpu")
 
     def add(self, settings: Candidates) -> bool:
         """Retrain what of them is new, moved inside the bounds; says whether there was any, and it could be stacked."""
@@ -137,24 +139,31 @@ class _Verified:
         self.tried |= settings
         self.retrained.append(one)
         self.losses = torch.cat([self.losses, one.validation_losses(self.task.folds)])
+        self.cautious = torch.cat([self.cautious, one.cautious_losses(self.task.folds)])
         self.fitted = torch.cat([self.fitted, one.curves[:, :, -1].mean(dim=0)])
         return True
 
     @property
     def best(self) -> Tensor:
-        return [*self.tried.values()][int(self.losses.argmin())]
+        return [*self.tried.values()][int(self.cautious.argmin())]
+
+    @property
+    def lucky(self) -> set[str]:
+        """The names of those whose validation loss is below the best one's."""
+        best = self.losses[int(self.cautious.argmin())]
+        return {name for name, loss in zip(self.tried, self.losses, strict=True) if loss < best}
 
     @property
     def overfits(self) -> bool:
         """Whether the best setting's training loss is below its validation loss."""
-        best = int(self.losses.argmin())
+        best = int(self.cautious.argmin())
         return bool(self.losses[best].isfinite() and self.fitted[best] < self.losses[best])
 
 
 def _on_the_line(space: Space, found: _Verified) -> Candidates:
     """Through the best setting from the tuned one, which is the first, if it is noticeably better; with the best one's learning rate."""
     tuned, *_ = found.tried.values()
-    if not found.losses[0] - found.losses.min() > _WORTHWHILE * found.losses[0].abs():
+    if not found.cautious[0] - found.cautious.min() > _WORTHWHILE * found.cautious[0].abs():
         return {}
     begin = torch.where(space.rate, found.best, tuned)
     away = torch.where(found.best == begin, 0.0, found.best - begin)

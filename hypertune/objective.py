@@ -252,8 +252,8 @@ class Objective(StackedModule):
         """
         return self._mean_loss(self.predict(w, batch.x, fold=fold), batch, 0.0)
 
-    def full_valid_loss(self, w: Tensor, rows: Rows, fold: int) -> Tensor:
-        """L_Valid of M models w (M, D) of one fold on all its rows, (M,); rows are seen in pieces."""
+    def full_valid_loss(self, w: Tensor, rows: Rows, fold: int, smoothing: float = 0.0) -> Tensor:
+        """L_Valid of M models w (M, D) of one fold on all its rows, (M,); rows are seen in pieces. Of smoothed labels if ``smoothing``, where there are any."""
         with torch.no_grad():
             outputs, M = (self.predict(w, x, fold=fold) for x in _pieces(rows, len(w))), len(w)
             if isinstance(self.loss, CustomLoss):  # need not be a sum over rows
@@ -262,7 +262,7 @@ class Objective(StackedModule):
             for start, some in zip(range(0, len(rows.x), _PIECE), outputs, strict=True):
                 piece = slice(start, start + _PIECE)
                 weight = None if whole.weight is None else whole.weight[:, piece]
-                of_piece = self._mean_loss(some, whole._replace(y=whole.y[:, piece], weight=weight), 0.0)
+                of_piece = self._mean_loss(some, whole._replace(y=whole.y[:, piece], weight=weight), smoothing)
                 total += of_piece * (some.shape[1] / len(rows.x))
             return total
 

@@ -45,6 +45,12 @@ def test_settings_that_hardly_differ_are_verified_once():
     assert len(distinct(tuned, None, tuned.clone())) == 1
 
 
+def judge(patch, loss, cautious=None):
+    """Settings λ (C, n) have these validation losses, and maybe others if a bit more had been seen."""
+    for name, own in (("validation_losses", loss), ("cautious_losses", cautious or loss)):
+        patch.setattr(Retrained, name, lambda self, folds, own=own: own(self.lam).double())
+
+
 @pytest.fixture
 def verified(iris, monkeypatch):
     """Candidates and sizes of the stacks of a search whose validation losses are ``loss`` of λ (C, n)."""
@@ -55,7 +61,7 @@ def verified(iris, monkeypatch):
         narrow = tuple(replace(h, high=min(high, h.high)) for h in task.space.hyperparameters)
         task = task._replace(space=replace(task.space, hyperparameters=narrow))
         with monkeypatch.context() as patch:
-            patch.setattr(Retrained, "validation_losses", lambda self, folds: loss(self.lam).double())
+            judge(patch, loss)
             candidates, best, retrained, known = retrain_candidates(task, distinct(*lams), **params)
         if known is not None:
             assert_allclose(known[1], loss(known[0]))
@@ -265,7 +271,7 @@ def test_both_passes_begin_with_the_same_weights_and_minibatches(iris, monkeypat
     one, other = (retrain(task, OWN[None]) for _ in range(2))
     assert not np.array_equal(one.weights, other.weights)
     assert np.array_equal(one.weights, retrain(task, OWN[None], seed=one.seed).weights)
-    monkeypatch.setattr(Retrained, "validation_losses", lambda self, folds: away(-5.0)(self.lam))
+    judge(monkeypatch, away(-5.0))
     candidates, _, (first, second), _ = retrain_candidates(task, distinct(TUNED, START, OWN))
     assert first.seed == second.seed
     line = [f"tuned x {times}" for times in ("0.5", "1.5", "2", "3")]
@@ -275,7 +281,7 @@ def test_both_passes_begin_with_the_same_weights_and_minibatches(iris, monkeypat
 def test_the_stronger_candidate_of_a_large_model_is_called_so(iris, monkeypatch):
     net = clone(NET).set_params(max_epochs=1, module=Normed)
     task = Keeping(net, {"weight_decay": loguniform(1e-6, 1e1)}, cv=3, random_state=0).fit(*iris).task
-    monkeypatch.setattr(Retrained, "validation_losses", lambda self, folds: away(-5.0)(self.lam))
+    judge(monkeypatch, away(-5.0))
     assert list(retrain_candidates(task, distinct(TUNED, None, OWN))[0]) == ["tuned", "own", "stronger"]
 
 
@@ -285,11 +291,7 @@ def test_half_and_twice_the_best_learning_rate_are_tried(iris, monkeypatch):
     task = Keeping(clone(NET).set_params(max_epochs=1), space, cv=3, random_state=0).fit(*iris).task
 
     def run(best, lr):
-        monkeypatch.setattr(
-            Retrained,
-            "validation_losses",
-            lambda self, folds: (self.lam - torch.tensor([best, np.log(lr)])).abs().sum(dim=1),
-        )
+        judge(monkeypatch, lambda lam: (lam - torch.tensor([best, np.log(lr)])).abs().sum(dim=1))
         tuned, own = ([decay, np.log(rate)] for decay, rate in [(-8.0, 0.01), (-13.0, 0.003)])
         candidates, _, retrained, _ = retrain_candidates(
             task, distinct(torch.tensor(tuned, dtype=torch.float64), None, torch.tensor(own, dtype=torch.float64))
@@ -308,3 +310,36 @@ def test_half_and_twice_the_best_learning_rate_are_tried(iris, monkeypatch):
         "tuned x 3": (-3.5, 0.01),
     }
     assert run(-5.0, 0.01) == {**first, **beyond, "lr / 2": (-6.5, 0.005), "lr x 2": (-6.5, 0.02)}
+
+
+def test_what_only_luck_makes_the_best_is_left_out(iris, monkeypatch):
+    """The start and the own setting have the lower validation losses, but would not if a bit more had been seen."""
+    task = (
+        Keeping(clone(NET).set_params(max_epochs=1), {"weight_decay": loguniform(1e-6, 1e1)}, cv=3, random_state=0)
+        .fit(*iris)
+        .task
+    )
+    judge(monkeypatch, lambda lam: (lam[:, 0] + 14.0).abs(), cautious=lambda lam: (lam[:, 0] + 8.0).abs())
+    found = retrain_candidates(task, distinct(torch.tensor([-8.0]), torch.tensor([-9.0]), torch.tensor([-13.0])))
+    assert [*found.candidates] == ["tuned", "own", "stronger"]
+    assert found.best == -8.0
+    assert_allclose(found.verified[0].flatten(), [-8.0, -8.5, -9.0, -13.0])
+
+
+def test_a_fifth_of_a_row_whose_label_is_not_known(iris):
+    task = (
+        Keeping(clone(NET).set_params(max_epochs=30), {"weight_decay": loguniform(1e-6, 1e1)}, cv=3, random_state=0)
+        .fit(*iris)
+        .task
+    )
+    found = retrain(task, torch.stack([TUNED, OWN]))
+    seen = []
+    for k, fold in enumerate(task.folds):
+        outputs = found.objective.predict(torch.from_numpy(found.weights[k]), fold.valid.x.expand(2, -1, -1), fold=k)
+        log_p = outputs.log_softmax(dim=-1)
+        known = -log_p.gather(-1, fold.valid.y.expand(2, -1)[..., None])[..., 0].sum(dim=1)
+        seen.append((known, -log_p.mean(dim=-1).sum(dim=1)))
+    known, anyones = (sum(column) / 150 for column in zip(*seen, strict=True))
+    share = 0.2 / 150
+    assert_allclose(found.cautious_losses(task.folds), (1 - share) * known + share * anyones, rtol=1e-5)
+    assert_allclose(found.validation_losses(task.folds), known, rtol=1e-5)

@@ -278,8 +278,8 @@ def test_another_value_is_tried_near_the_best_of_the_own_one(iris, monkeypatch):
     stacks = []
     original = Retrained.fold_losses
 
-    def fold_losses(self, folds):
-        values, found = self.space.values(self.lam), original(self, folds)
+    def fold_losses(self, folds, smoothing=0.0):
+        values, found = self.space.values(self.lam), original(self, folds, smoothing)
         if (
             "lr" in values and self.settings["batch_size"] == 32
         ):  # the least is that of the third learning rate as they are
