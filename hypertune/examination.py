@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch._C._functorch import is_batchedtensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from hypertune.calls import layers_called
 from hypertune.modules import OF_EVERY_MODULE
 from hypertune.randomness import rng_state, set_rng_state
 from hypertune.recurrent import TensorRecurrent
@@ -53,6 +54,7 @@ def examine(stacked: StackedModule, x: Tensor, values: Mapping[str, float]) -> N
     values : mapping from str to float
         A setting of the tuned hyperparameters.
     """
+    _run_as_called(stacked, x, values)
     if (layers := stacked.layers[False]) is not None:  # these are not called, but run
         stacked.first = next((name for name, layer in layers if isinstance(layer, nn.Linear)), "")
     else:
@@ -140,6 +142,31 @@ def _outputs(stacked: StackedModule, x: Tensor, values: Mapping[str, float], w: 
     """Of one model in eval mode, for rows x (B, ...), with weights w (D,) or its own: (1, B, ...)."""
     named = stacked.named((stacked.initial_weights() if w is None else w)[None])
     return stacked.outputs(named, x[None], values, training=False, fold=0)
+
+
+def _run_as_called(stacked: StackedModule, x: Tensor, values: Mapping[str, float]) -> None:
+    """Have the module run as plain layers, if it calls nothing else, and these give the same outputs and gradients."""
+    if stacked.layers[True] is not None or stacked.inputs is not None or stacked.statistics:
+        return
+    noise, calls = rng_state(x.device), {}
+    probe, w = stacked.with_statistics_of(1, 1), stacked.initial_weights()[None]
+    for training, module in probe.modules.items():
+        run = partial(probe.outputs, probe.named(w), x[None], values, training=training)
+        if (steps := layers_called(module, run)) is None:
+            break
+        calls[training] = steps
+    set_rng_state(noise, x.device)
+    reached = {r.path for found in stacked.reach.values() for r in found}
+    if len(calls) < 2 or not reached <= {*calls[True]}:
+        return
+    alone = [_run(stacked, x, values, noise, 1, training) for training in (True, False)]
+    stacked.run_as(calls)
+    for one, training in zip(alone, (True, False), strict=True):
+        other = _run(stacked, x, values, noise, 1, training)
+        if not (_close(one.outputs, other.outputs) and _close(one.gradient, other.gradient)):
+            stacked.run_as(None)
+            break
+    set_rng_state(noise, x.device)
 
 
 # --- what is called, and what it costs --------------------------------------------------------------------------------------
@@ -274,6 +301,10 @@ def _tensors(value: Any, depth: int = 2) -> list[Tensor]:
 
 def _same_state(one: tuple[Tensor, Tensor | None], other: tuple[Tensor, Tensor | None]) -> bool:
     return all(a is None or torch.equal(a, b) for a, b in zip(one, other, strict=True))  # type: ignore[arg-type]
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one, other, rtol=1e-3, atol=1e-3 * float(one.abs().max()) + 1e-6, equal_nan=True)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -120,7 +120,7 @@ def plain_layers(module: nn.Module) -> list[tuple[str, nn.Module]] | None:
 
     Such a module can be run for M models at once without vmap (:func:`run_layers`), at a fraction of the overhead.
     """
-    if type(module) is not nn.Sequential or not _as_declared(module):
+    if type(module) is not nn.Sequential or not as_declared(module):
         return None
     layers = [(name, layer) for name, layer in module._modules.items() if layer is not None]  # with those that recur
     recur = [layer for i, (_, layer) in enumerate(layers) if any(layer is before for _, before in layers[:i])]
@@ -128,16 +128,18 @@ def plain_layers(module: nn.Module) -> list[tuple[str, nn.Module]] | None:
         return None  # its parameters have the first name only
     if len(dict(module.named_parameters())) < len(dict(module.named_parameters(remove_duplicate=False))):
         return None  # and so have those that layers share
-    for _, layer in layers:
-        flat = type(layer) is nn.Flatten and (layer.start_dim, layer.end_dim) == (1, -1)
-        if not (flat or type(layer) in (*_ELEMENTWISE, nn.Linear, TensorDropout)):
-            return None
-        if not _as_declared(layer) or (getattr(layer, "inplace", False) and type(layer) is not TensorDropout):
-            return None
-    return layers
+    return layers if all(as_declared(layer) and is_plain(layer) for _, layer in layers) else None
 
 
-def _as_declared(module: nn.Module) -> bool:
+def is_plain(layer: nn.Module) -> bool:
+    """Whether :func:`run_layers` runs such a layer: it is linear, an activation, dropout, or flattens."""
+    if type(layer) is nn.Flatten:
+        return (layer.start_dim, layer.end_dim) == (1, -1)
+    inplace = getattr(layer, "inplace", False) and type(layer) is not TensorDropout
+    return type(layer) in (*_ELEMENTWISE, nn.Linear, TensorDropout) and not inplace
+
+
+def as_declared(module: nn.Module) -> bool:
     """Whether the module does what its class says: it has no hooks, and no forward of its own."""
     return not any(getattr(module, name) for name in HOOKS) and "forward" not in vars(module)
 

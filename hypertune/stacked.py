@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hypertune.calls import Step
 from hypertune.dropout import Drops, Value
 from hypertune.layers import differentiable_in_eval_mode, plain_layers, run_layers, with_own_layers
 from hypertune.memory import NOTHING, Attributes, Memory, plain_attributes, put
@@ -59,6 +60,8 @@ class StackedModule:
         Name of the first layer with weights that the examination saw called; empty if that is the module itself, and before that.
     first_sees_features : bool
         What :func:`hypertune.examination.sees_features` said, if it was asked.
+    calls : dict from bool to list of str and modules, or None
+        The layers that the module was seen to call in training and in eval mode, if it is no stack of layers but runs like one.
     fresh : nn.Module
         The copy that is never run: what a module counts or remembers begins here.
     modules, layers : dict from bool to nn.Module, to list or None
@@ -80,6 +83,7 @@ class StackedModule:
     ):
         self.reach, self.inputs = dict(reach or {}), inputs
         self.stacked, self.in_turn, self.first, self.first_sees_features = True, False, "", True
+        self.calls: dict[bool, list[Step]] | None = None
         self._written = [k for k, b in module.named_buffers() if b.layout == torch.strided]
         self.fresh = with_own_layers(module)
         self.memories: list[Memory] = []
@@ -98,10 +102,22 @@ class StackedModule:
         shared = {id(p): p for p in self.fresh.parameters()}
         training, evaluation = (copy.deepcopy(self.fresh, dict(shared)) for _ in range(2))
         self.modules = {True: training.train(), False: differentiable_in_eval_mode(evaluation)}
-        self.layers = {mode: plain_layers(own) for mode, own in self.modules.items()}
+        self.layers = {mode: self._layers(mode) for mode in self.modules}
         self._dropouts = [sub for sub in training.modules() if isinstance(sub, Drops)]
         self._built = {mode: Attributes(own) for mode, own in self.modules.items()}
         self._touched: set[tuple[str, str]] = {of for memory in self.memories for of in memory}
+
+    def _layers(self, training: bool) -> list[tuple[str, nn.Module]] | None:
+        own = self.modules[training]
+        if self.calls is None:
+            return plain_layers(own)
+        steps = self.calls[training]
+        return [(step, own.get_submodule(step)) if isinstance(step, str) else ("", step) for step in steps]
+
+    def run_as(self, calls: dict[bool, list[Step]] | None) -> None:
+        """From here on by these layers, or, if it is None, as the module is."""
+        self.calls = calls
+        self.layers = {mode: self._layers(mode) for mode in self.modules}
 
     def __getstate__(self) -> dict[str, Any]:
         # What a module remembers of a stacked pass cannot be pickled.
