@@ -22,6 +22,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import TorchFunctionMode
 
 from hypertune.functions import state_of
@@ -45,24 +47,34 @@ def layers_called(module: nn.Module, run: Callable[[], Tensor]) -> list[Step] | 
     Not if it changes anything that it keeps, or draws random numbers. Whether the steps give the same, with their gradients, is left to be compared.
     """
     names = (len(dict(module.named_parameters(remove_duplicate=once))) for once in (True, False))
-    if len({*names}) > 1 or not all(
-        as_declared(sub) for sub in module.modules()
-    ):  # shared ones have the first name only
+    if len({*names}) > 1 or _has_any_global_hook():  # shared parameters have the first name only
         return None
-    watch = _Watch()
-    hooks = []
+    if not all(as_declared(sub) for sub in module.modules()):
+        return None
+    watch, hooks, before = _Watch(), [], _state(module)
     for path, sub in module.named_modules():
         if path and is_plain(sub):
             hooks += [sub.register_forward_pre_hook(watch.enter), sub.register_forward_hook(watch.leaver(path))]
     hooks += [module.register_forward_pre_hook(watch.begin), module.register_forward_hook(watch.end)]
-    before = _state(module)
     try:
         with watch:
-            run()
+            outputs = run()
     finally:
         for hook in hooks:
             hook.remove()
-    return watch.steps if watch.follows and watch.ended and _state(module) == before else None
+    follows = watch.follows and watch.ended and _state(module) == before and not _has_own_gradient(outputs)
+    return watch.steps if follows else None
+
+
+def _has_own_gradient(outputs: Tensor) -> bool:
+    """Whether a function of the user's own, with a backward of its own, is among what gave them."""
+    seen, ahead = set(), [outputs.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            ahead += [other for other, _ in node.next_functions]
+    return any(isinstance(node, BackwardCFunction) for node in seen)
 
 
 def _state(module: nn.Module) -> Any:
@@ -103,20 +115,20 @@ class _Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         if self._watches:
-            step = _layer_of(func, args, kwargs)
-            self.follows = self.follows and step is not None and args[0] is self._now
+            step = _layer_of(func, args, kwargs) if args and args[0] is self._now else None
+            self.follows = self.follows and step is not None
             self.steps.append(step or nn.Identity())
             self._now = output
         return output
 
 
 def _layer_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> nn.Module | None:
-    """The layer that does what the function does to its first argument."""
-    if func in _FLATTEN and (*args[1:], *kwargs.values()) == (1,):
-        return nn.Flatten()
-    if func in _RESHAPE and not kwargs and isinstance(args[0], Tensor):  # x.view(-1, 784)
-        shape = args[1:] if isinstance(args[-1], int) else tuple(args[1])
-        return nn.Flatten() if shape == (-1, args[0][0].numel()) else None
+    """The layer that does what the function does to its first argument, rows."""
+    if func in _FLATTEN:
+        return nn.Flatten() if (args[1:], kwargs) in (((1,), {}), ((), {"start_dim": 1})) else None
+    if func in _RESHAPE:  # x.view(-1, 784)
+        shape = tuple(args[1]) if len(args) == 2 and isinstance(args[1], (tuple, list)) else args[1:]
+        return nn.Flatten() if not kwargs and shape == (-1, args[0].numel() // len(args[0])) else None
     if func not in _LAYERS or len(args) != 1 or kwargs.get("inplace"):
         return None
     return _LAYERS[func](**kwargs)

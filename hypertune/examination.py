@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch._C._functorch import is_batchedtensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from hypertune.calls import layers_called
+from hypertune.calls import Step, layers_called
 from hypertune.modules import OF_EVERY_MODULE
 from hypertune.randomness import rng_state, set_rng_state
 from hypertune.recurrent import TensorRecurrent
@@ -148,25 +148,33 @@ def _run_as_called(stacked: StackedModule, x: Tensor, values: Mapping[str, float
     """Have the module run as plain layers, if it calls nothing else, and these give the same outputs and gradients."""
     if stacked.layers[True] is not None or stacked.inputs is not None or stacked.statistics:
         return
-    noise, calls = rng_state(x.device), {}
-    probe, w = stacked.with_statistics_of(1, 1), stacked.initial_weights()[None]
+    noise = rng_state(x.device)
+    with suppress(Exception):  # whatever a module does not bear to be watched at
+        stacked.run_as(_calls(stacked, x, values))
+    set_rng_state(noise, x.device)
+
+
+def _calls(stacked: StackedModule, x: Tensor, values: Mapping[str, float]) -> dict[bool, list[Step]] | None:
+    """The plain layers that the module calls in training and in eval mode; None if it does anything else."""
+    calls, alone, probe = {}, {}, stacked.with_statistics_of(1, 1)
+    w = _away_from(stacked.initial_weights())[None].requires_grad_()
+
+    def run(training: bool) -> Tensor:
+        alone[training] = probe.outputs(probe.named(w), x[None], values, training=training)
+        return alone[training]
+
     for training, module in probe.modules.items():
-        run = partial(probe.outputs, probe.named(w), x[None], values, training=training)
-        if (steps := layers_called(module, run)) is None:
-            break
+        if (steps := layers_called(module, partial(run, training))) is None:
+            return None
         calls[training] = steps
-    set_rng_state(noise, x.device)
-    reached = {r.path for found in stacked.reach.values() for r in found}
-    if len(calls) < 2 or not reached <= {*calls[True]}:
-        return
-    alone = [_run(stacked, x, values, noise, 1, training) for training in (True, False)]
-    stacked.run_as(calls)
-    for one, training in zip(alone, (True, False), strict=True):
-        other = _run(stacked, x, values, noise, 1, training)
-        if not (_close(one.outputs, other.outputs) and _close(one.gradient, other.gradient)):
-            stacked.run_as(None)
-            break
-    set_rng_state(noise, x.device)
+    if not {r.path for found in stacked.reach.values() for r in found} <= {*calls[True]}:
+        return None
+    probe.run_as(calls)
+    for training, outputs in [*alone.items()]:
+        pairs = [(out, *torch.autograd.grad(out.square().sum(), w)) for out in (outputs, run(training))]
+        if not all(_close(one.detach(), other.detach()) for one, other in zip(*pairs, strict=True)):
+            return None
+    return calls
 
 
 # --- what is called, and what it costs --------------------------------------------------------------------------------------
@@ -240,15 +248,17 @@ def _run(
 ) -> _Run:
     """So many of the same, under the same random numbers."""
     module = stacked.with_statistics_of(1, models)
-    w = stacked.initial_weights()
-    # Away from where layers begin: zeros of a bias under zeros of an image are on the kink of a ReLU, and either slope is right there.
-    w = w + _AWAY * torch.randn(w.shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(w)
-    w = w.expand(models, -1).clone().requires_grad_()
+    w = _away_from(stacked.initial_weights()).expand(models, -1).clone().requires_grad_()
     set_rng_state(noise, x.device)
     rates = {k: w.new_tensor([v] * models) for k, v in values.items()} if models > 1 else values
     outputs = module.outputs(module.named(w), x.expand(models, *x.shape), rates, training=training)
     (gradient,) = torch.autograd.grad(outputs.square().sum(), w)
     return _Run(module, outputs.detach(), gradient)
+
+
+def _away_from(w: Tensor) -> Tensor:
+    """Near where layers begin: zeros of a bias under zeros of an image are on the kink of a ReLU, and either slope is right there."""
+    return w + _AWAY * torch.randn(w.shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(w)
 
 
 def _compare(run: Callable[[int, bool], _Run], training: bool, noise: Any, device: torch.device) -> None:

@@ -9,6 +9,9 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import pickle
+import random
+import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
 from numbers import Number
@@ -61,7 +64,17 @@ def state_of(value: Any, seen: dict[int, Any] | None = None) -> Any:
     if isinstance(value, np.ndarray):
         return hash(value.tobytes())
     kept = _kept_by(value)
-    return repr(value)[:_MOST] if kept is None else [state_of(one, seen) for one in kept]
+    return _opaque(value) if kept is None else [state_of(one, seen) for one in kept]
+
+
+def _opaque(value: Any) -> Any:
+    """The state of an object that does not say what it holds, as generators and iterators do not; what cannot be pickled may be any."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of iterators, from Python 3.12 on
+            return pickle.dumps(value)
+    except Exception:
+        return repr(value)[:_MOST]
 
 
 def _kept_by(value: Any) -> Any:
@@ -70,6 +83,8 @@ def _kept_by(value: Any) -> Any:
         return [*value.keys(), *value.values()] if len(value) <= _MOST else []
     if isinstance(value, (list, tuple, set, deque)):
         return list(value) if len(value) <= _MOST else []
+    if isinstance(value, random.Random):
+        return [value.getstate()]
     if isinstance(value, functools.partial):
         return [value.func, value.args, value.keywords]
     if isinstance(value, MethodType):

@@ -140,8 +140,9 @@ def is_plain(layer: nn.Module) -> bool:
 
 
 def as_declared(module: nn.Module) -> bool:
-    """Whether the module does what its class says: it has no hooks, and no forward of its own."""
-    return not any(getattr(module, name) for name in HOOKS) and "forward" not in vars(module)
+    """Whether the module does what its class says: it has no hooks, and neither a forward nor a call of its own."""
+    own = "forward" in vars(module) or type(module).__call__ is not nn.Module.__call__
+    return not own and not any(getattr(module, name) for name in HOOKS)
 
 
 def run_layers(layers: list[tuple[str, nn.Module]], named: Mapping[str, Tensor], x: Tensor) -> Tensor:

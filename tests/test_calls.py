@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 import random
 
@@ -134,7 +135,64 @@ class Inner(Net):
         return self.out(x)
 
 
+class Generated(Net):
+    """Layers that are left out by a generator of its own."""
+
+    def __init__(self, generator):
+        super().__init__()
+        self.generator = generator
+
+    def forward(self, x):
+        if self.training and next(self) > 2:
+            return self.out(x)
+        return self.out(self.hidden[0](x))
+
+    def __next__(self):
+        return next(self.generator) if hasattr(self.generator, "__next__") else self.generator.random()
+
+
+class Called(Net):
+    def __call__(self, x):
+        return super().__call__(x).clamp(-1, 1)
+
+
+class Clamped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.relu()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.clamp(-100, 100)
+
+
+class OwnGradient(Net):
+    def forward(self, x):
+        return self.out(Clamped.apply(self.hidden[0](x)))
+
+
+class Tempered(Net):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.t = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x):
+        return self.out(x) * self.t.view(1, 1)
+
+
+class Autocast(Net):
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.out(x)
+
+
+class Keywords(Net):
+    def forward(self, x):
+        return self.out(torch.flatten(input=x, start_dim=1))
+
+
 OTHERS = [
+    Called, OwnGradient, Tempered, Autocast, Keywords,
     Residual, Branching, Frozen, Detached, Shaped, Drawing, DrawingByPython, DrawingByNumPy, Counting, Twice, Scaled, Inplace, Rated, Tied, Inner,
 ]  # fmt: skip
 
@@ -186,6 +244,34 @@ def test_outputs_and_gradients_are_the_modules_own(kind, training):
             assert_allclose(two, one, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "generator",
+    [random.Random(0), np.random.default_rng(0), np.random.RandomState(0), itertools.cycle([1.0, 1.0, 1.0])],
+)
+def test_a_module_that_draws_by_a_generator_of_its_own_runs_as_it_is(generator):
+    stacked = StackedModule(Generated(generator))
+    examine(stacked, torch.randn(5, 6), {})
+    assert stacked.calls is None
+
+
+def test_sizes_may_be_any_integers_and_hooks_of_all_modules_are_heeded():
+    class Sized(Net):
+        def forward(self, x):
+            return self.out(x.view(-1, np.prod((2, 3))))
+
+    def follows():
+        stacked = StackedModule(Sized())
+        examine(stacked, torch.randn(5, 2, 3), {})
+        return stacked.calls is not None
+
+    assert follows()
+    hook = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert not follows()
+    finally:
+        hook.remove()
+
+
 def test_a_number_that_no_layer_has_keeps_the_module_as_it_is():
     net = Net()
     net.rate = 0.1
@@ -195,7 +281,9 @@ def test_a_number_that_no_layer_has_keeps_the_module_as_it_is():
 
 
 def test_what_gives_something_else_keeps_the_module_as_it_is(monkeypatch):
-    monkeypatch.setattr("hypertune.examination.layers_called", lambda module, run: ["out.0", "out.2"])
+    monkeypatch.setattr(
+        "hypertune.examination.layers_called", lambda module, run: run() is not None and ["out.0", "out.2"]
+    )
     stacked = StackedModule(Net())
     examine(stacked, torch.randn(5, 6), {})
     assert stacked.calls is None
