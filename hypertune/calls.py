@@ -36,7 +36,7 @@ _LAYERS: dict[Any, type[nn.Module]] = {
     torch.relu: nn.ReLU, F.relu: nn.ReLU, Tensor.relu: nn.ReLU,
     torch.tanh: nn.Tanh, Tensor.tanh: nn.Tanh,
     torch.sigmoid: nn.Sigmoid, Tensor.sigmoid: nn.Sigmoid,
-    F.gelu: nn.GELU, F.silu: nn.SiLU, F.elu: nn.ELU, F.selu: nn.SELU, F.leaky_relu: nn.LeakyReLU, F.softplus: nn.Softplus,
+    F.hardtanh: nn.Hardtanh, F.gelu: nn.GELU, F.silu: nn.SiLU, F.elu: nn.ELU, F.selu: nn.SELU, F.leaky_relu: nn.LeakyReLU, F.softplus: nn.Softplus,
 }  # fmt: skip
 _FLATTEN, _RESHAPE = (torch.flatten, Tensor.flatten), (Tensor.view, Tensor.reshape, torch.reshape)
 

@@ -35,9 +35,9 @@ Candidates = dict[str, Tensor]  # by name, λ of each, (n,)
 class Verification(NamedTuple):
     """What :func:`retrain_candidates` found.
 
-    ``candidates`` are what it was given, and then what was added and did not diverge, without what only luck would make the best; ``best`` (n,) is the one of the least
-    validation loss if a bit more had been seen (:meth:`hypertune.retraining.Retrained.cautious_losses`), or "tuned" where that is not known; no ``candidates`` and, if they are ranked, no ``best`` depends on who watches. ``retrained`` is empty where they cannot be stacked. ``verified`` are λ (C, n) of what was given, and the
-    validation losses (C,), means over folds.
+    ``candidates`` are what it was given, and then what was added and did not diverge. ``best`` (n,) is the one of the least validation loss if a bit more had been
+    seen (:meth:`hypertune.retraining.Retrained.cautious_losses`), or "tuned" where that is not known. No ``candidates`` and, if they are ranked, no ``best`` depends on
+    who watches. ``retrained`` is empty where they cannot be stacked. ``verified`` are λ (C, n) of what was given, and the validation losses (C,), means over folds.
     """
 
     candidates: Candidates
@@ -76,8 +76,8 @@ def retrain_candidates(
        noise that have a linear range a fifth of the way up to their bounds, as long as the best one's training loss, noise, penalties and all, ended below its validation loss; "noisier x 2"
        and "noisier x 3" from there.
 
-    2. and 3. are a second stacked pass, 4. is one, and 5. one for each. What has a lower validation loss than the best, by its luck with the rows that were seen, is
-    left out: a search that chooses by them would take it. "tuned" and "own" are always there.
+    2. and 3. are a second stacked pass, 4. is one, and 5. one for each. With ``more`` or ``ranked``, settings whose validation loss is below that of the best are left out, but for "tuned" and "own":
+    they are the better by luck, and who chooses by that loss would take them.
 
     Where each fit is ``watched`` someone wants to see it happen: they are retrained here only where there is more to find, or they must be ``ranked``, and
     what comes out is not known to the fits. Nor is it to those of a net that is not ``ours``: then there are 1. to 3. alone, and left of all settings are "tuned",
@@ -109,22 +109,23 @@ def retrain_candidates(
     # Added ones are not verified: they were chosen by their losses and lie on one line, which would bias how far the response is off.
     verified = torch.stack([*candidates.values()]), found.losses[:given]
     candidates = candidates | {name: lam for (name, lam), loss in added if loss.isfinite()}
-    left_out = found.lucky if ours else {name for name, lam in candidates.items() if not torch.equal(lam, found.best)}
+    left_out = found.lucky if more or ranked else set()  # else nobody knows of them who is watched
+    if not ours:
+        left_out = {name for name, lam in candidates.items() if not torch.equal(lam, found.best)}
     candidates = {name: lam for name, lam in candidates.items() if name in _ALWAYS or name not in left_out}
-    return Verification(candidates, found.best, found.retrained if ours and not watched else [], verified)
+    return Verification(candidates, found.best, [] if watched else found.retrained, verified)
 
 
 class _Verified:
     """What has been retrained, pass after pass and all from one seed: settings by their names, and their losses, means over folds.
 
-    ``losses`` (C,) are those of validation, ``cautious`` (C,) the same as if a bit more had been seen, by which the best is chosen, and ``fitted`` (C,) those of
-    training in the last epoch, noise, penalties and all.
+    ``losses`` (C,) are those of validation, and ``fitted`` (C,) those of training in the last epoch, noise, penalties and all.
     """
 
     def __init__(self, task: Task):
         self.task = task
         self.tried, self.retrained = Candidates(), list[Retrained]()
-        self.losses = self.cautious = self.fitted = torch.empty(0, device="cpu")
+        self.losses = self._cautious = self.fitted = torch.empty(0, device="cpu")
 
     def add(self, settings: Candidates) -> bool:
         """Retrain what of them is new, moved inside the bounds; says whether there was any, and it could be stacked."""
@@ -139,9 +140,15 @@ class _Verified:
         self.tried |= settings
         self.retrained.append(one)
         self.losses = torch.cat([self.losses, one.validation_losses(self.task.folds)])
-        self.cautious = torch.cat([self.cautious, one.cautious_losses(self.task.folds)])
+        self._cautious = torch.cat([self._cautious, one.cautious_losses(self.task.folds)])
         self.fitted = torch.cat([self.fitted, one.curves[:, :, -1].mean(dim=0)])
         return True
+
+    @property
+    def cautious(self) -> Tensor:
+        """Losses (C,) by which the best is chosen: of validation, as if a bit more had been seen; as they are where a model rules out labels, so that these are infinite."""
+        ruled_out = self.losses.isfinite() & ~self._cautious.isfinite()
+        return self.losses if ruled_out.any() else self._cautious
 
     @property
     def best(self) -> Tensor:

@@ -158,9 +158,11 @@ def _calls(stacked: StackedModule, x: Tensor, values: Mapping[str, float]) -> di
     """The plain layers that the module calls in training and in eval mode; None if it does anything else."""
     calls, alone, probe = {}, {}, stacked.with_statistics_of(1, 1)
     w = _away_from(stacked.initial_weights())[None].requires_grad_()
+    rates = {k: w.new_tensor(v) for k, v in values.items()}  # as tensors, so that what depends on them is seen
 
     def run(training: bool) -> Tensor:
-        alone[training] = probe.outputs(probe.named(w), x[None], values, training=training)
+        named = {k: p[0] for k, p in probe.named(w).items()}
+        alone[training] = probe.forward(named, rates, x.clone(), {}, training=training)
         return alone[training]
 
     for training, module in probe.modules.items():
@@ -170,8 +172,9 @@ def _calls(stacked: StackedModule, x: Tensor, values: Mapping[str, float]) -> di
     if not {r.path for found in stacked.reach.values() for r in found} <= {*calls[True]}:
         return None
     probe.run_as(calls)
-    for training, outputs in [*alone.items()]:
-        pairs = [(out, *torch.autograd.grad(out.square().sum(), w)) for out in (outputs, run(training))]
+    for training, outputs in alone.items():
+        other = probe.outputs(probe.named(w), x[None], {k: v[None] for k, v in rates.items()}, training=training)[0]
+        pairs = [(out, *torch.autograd.grad(out.square().sum(), w)) for out in (outputs, other)]
         if not all(_close(one.detach(), other.detach()) for one, other in zip(*pairs, strict=True)):
             return None
     return calls
@@ -272,8 +275,7 @@ def _compare(run: Callable[[int, bool], _Run], training: bool, noise: Any, devic
         return
     buffers = [(one.stacked.statistics[k], b) for k, b in two.stacked.statistics.items()]
     for alone, both in [*buffers, (one.outputs, two.outputs), (one.gradient, two.gradient)]:
-        close = 1e-3 * float(alone.abs().max()) + 1e-6
-        torch.testing.assert_close(both, alone.expand_as(both), rtol=1e-3, atol=close, equal_nan=True)
+        torch.testing.assert_close(both, alone.expand_as(both), **_near(alone), equal_nan=True)  # type: ignore[arg-type]
 
 
 def _replaced(stacked: StackedModule) -> str:
@@ -314,7 +316,11 @@ def _same_state(one: tuple[Tensor, Tensor | None], other: tuple[Tensor, Tensor |
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
-    return torch.allclose(one, other, rtol=1e-3, atol=1e-3 * float(one.abs().max()) + 1e-6, equal_nan=True)
+    return torch.allclose(one, other, **_near(one), equal_nan=True)
+
+
+def _near(one: Tensor) -> dict[str, float]:
+    return {"rtol": 1e-3, "atol": 1e-3 * float(one.abs().max()) + 1e-6}
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

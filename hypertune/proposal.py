@@ -50,12 +50,12 @@ class Proposal(NamedTuple):
 def propose(
     chosen: Chosen,
     tuner: Callable[[Tensor], Tune],
-    watching: Callable[[], AbstractContextManager[EndEpoch]],
+    showing: Callable[[], AbstractContextManager[EndEpoch]],
     *,
     epochs: int,
     screened: bool,
-    anywhere: bool,
-    verified: bool,
+    learned_everywhere: bool,
+    retrains: bool,
     grain_scale: float | str | None,
     watched: bool,
     ours: bool,
@@ -68,15 +68,15 @@ def propose(
     chosen : Chosen
     tuner : callable
         From where λ̂ starts (n,) to the hyper-training.
-    watching : callable
+    showing : callable
         What shows the epochs of that to callbacks: a context that yields what ends one.
     epochs : int
         How long that is; where it was shorter, a callback has stopped it.
     screened : bool
         Whether to try more than the estimator's own setting: where to start, to begin again, and what may be better beside λ̂.
-    anywhere : bool
+    learned_everywhere : bool
         Whether the response is learned all over the space, so that it needs no start.
-    verified : bool
+    retrains : bool
         Whether settings are retrained; else there is the tuned one alone.
     grain_scale : float, "auto" or None
     watched, ours : bool
@@ -87,12 +87,12 @@ def propose(
     whole, values, own, tried = chosen
     rated = screen_rate(whole, None if own else tried)  # λ, with the learning rate
     task = whole.with_rate(rated)
-    start = screen(task) if screened and not anywhere else None
+    start = screen(task) if screened and not learned_everywhere else None
     begin = out_of_corners(task.space, task.current if start is None else start)
     tune = tuner(begin)
     if isinstance(grain_scale, str):
         grain_scale = _scale_of(task, tune)
-    with watching() as end_epoch:
+    with showing() as end_epoch:
         response, history = tune(task, grain_scale=grain_scale, end_epoch=end_epoch)
     stopped = history["epoch"][-1] < epochs
     for again in restarts(task.space, begin):
@@ -101,7 +101,7 @@ def propose(
         response, history = tune(task, start=again, grain_scale=grain_scale)
     rate = {h.name: whole.space.decode(rated)[h.name] for h in whole.space.hyperparameters if h.is_rate}
     history = history | {"grain_scale": grain_scale} | rate
-    if not verified:
+    if not retrains:
         return Proposal({"tuned": response.params}, response, history, [response])
 
     tuned = whole.insert_rate(task.space.encode(response.params), rated)

@@ -24,6 +24,7 @@ from hypertune.batches import Batch, Minibatches, Rows
 from hypertune.choices import same
 from hypertune.folds import Fold
 from hypertune.functions import state_of
+from hypertune.losses import binary_cross_entropy, cross_entropy
 from hypertune.memory import Memory
 from hypertune.net import Net, plain_settings
 from hypertune.objective import Objective
@@ -83,20 +84,24 @@ class Retrained:
         return self.fold_losses(folds).mean(dim=0)
 
     def cautious_losses(self, folds: list[Fold]) -> Tensor:
-        """The same, (C,), as if a fifth of a row more had been seen, whose label is anyone's guess; without labels, the same.
+        """A log-loss (C,) as if a fifth of a row more had been seen, whose label is anyone's guess; any other loss as it is.
 
         A model that was right in every row so far may be wrong in the next, by far if it is that sure (Lidstone's law of succession).
         """
-        return self.fold_losses(folds, smoothing=_UNSEEN / sum(len(fold.valid.x) for fold in folds)).mean(dim=0)
+        if self.objective.loss not in (cross_entropy, binary_cross_entropy):
+            return self.validation_losses(folds)
+        rows = min(sum(len(fold.valid.x) for fold in folds), len(folds[0].train.x) + len(folds[0].valid.x))  # each once
+        return self.fold_losses(folds, smoothing=_UNSEEN / rows).mean(dim=0)
 
     def fold_losses(self, folds: list[Fold], smoothing: float = 0.0) -> Tensor:
         """L_Valid of each setting on all validation rows of each fold, (K, C), of smoothed labels if so; infinite where a model is not finite."""
-        losses = torch.stack(
-            [
-                self.objective.full_valid_loss(torch.from_numpy(w).to(fold.valid.x), fold.valid, k, smoothing)
-                for k, (w, fold) in enumerate(zip(self.weights, folds, strict=True))
-            ]
-        )
+        with isolated(self.seed, folds[0].net.device):  # a module may draw in eval mode, too
+            losses = torch.stack(
+                [
+                    self.objective.full_valid_loss(torch.from_numpy(w).to(fold.valid.x), fold.valid, k, smoothing)
+                    for k, (w, fold) in enumerate(zip(self.weights, folds, strict=True))
+                ]
+            )
         return losses.nan_to_num(nan=math.inf, posinf=math.inf).cpu()
 
     def fit_known(self, net: TorchEstimator, rows: Rows) -> bool:

@@ -142,7 +142,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
         "stronger"; "tuned x 1.5" where it is half as far again from the tuned setting as the best of these; "lr / 2" and "lr x 2", which
         are the best of these with other learning rates; "noisier", "noisier x 2" and "noisier x 3"; and "own values", the best of
         these by validation loss (or "tuned", where they cannot be retrained together) with the estimator's own values of what has a list. Of small skorch nets
-        "tuned", the best of these and "own" alone. What only luck with few validation rows would make the best is left out. ``mean_fit_time`` does not include the stacked passes in which candidates are retrained together.
+        "tuned", the best of these and "own" alone. What only luck with few validation rows would make the best is left out, but for "tuned" and "own". ``mean_fit_time`` does not include the stacked passes in which candidates are retrained together.
     best_estimator_ : estimator
         Refitted on all the data with ``best_params_``; only if ``refit``.
     best_score_ : float
@@ -390,15 +390,16 @@ class HyperTrainingSearchCV(BaseSearchCV):
 
     def _propose_candidates(self) -> Mapping[str, dict[str, Any]] | list[dict[str, Any]]:
         """Hyper-train, and return the settings to verify, by name. A subclass may put any other proposal in its place, without names too."""
-        chosen, retrains, n_epochs = self._choose(), self.evaluate == "retrain", self._epochs()
+        chosen = self._choose()
+        retrains, n_epochs = self.evaluate == "retrain", self._epochs()  # which may have been chosen
         found = propose(
             chosen,
             self._tuner,
             partial(self._hyper_training_task, n_epochs),
             epochs=n_epochs,
             screened=self.start == "screened" and retrains,
-            anywhere=self.algorithm == "global",
-            verified=retrains,
+            learned_everywhere=self.algorithm == "global",
+            retrains=retrains,
             grain_scale=self.grain_scale,
             watched=self._is_watched(),
             ours=isinstance(net_of(self.estimator), TorchEstimator),

@@ -329,7 +329,7 @@ class StackedModule:
             tensors = {
                 k: torch.as_tensor(v, dtype=like.dtype, device=like.device).expand(len(x)) for k, v in rates.items()
             }
-            forward = partial(self._forward, training=training)
+            forward = partial(self.forward, training=training)
             x, buffers = x.clone(), self._statistics_of(len(x), fold, keep)  # the module may write into its rows
             # Of the kernels of attention the one that is batched over models. The choice is that of the process.
             with ONE_AT_A_TIME, sdpa_kernel(SDPBackend.MATH), self._remembering(training, kept, keep_memory):
@@ -342,10 +342,10 @@ class StackedModule:
             numbers = {k: float(v[i] if isinstance(v, Tensor) and v.dim() else v) for k, v in rates.items()}
             state = {k: b[i] for k, b in buffers.items()}
             with self._remembering(training, kept[i : i + 1], keep_memory):
-                outputs.append(self._forward(own, numbers, x[i], state, training=training))
+                outputs.append(self.forward(own, numbers, x[i], state, training=training))
         return torch.stack(outputs)
 
-    def _forward(
+    def forward(
         self,
         named: dict[str, Tensor],
         rates: Mapping[str, Value],
@@ -354,6 +354,7 @@ class StackedModule:
         *,
         training: bool,
     ) -> Tensor:
+        """Outputs (B, ...) of one model, by the module's own forward: weights by name, rows x (B, ...), buffers that are written into."""
         with self._set(training, rates), _no_fast_path():
             args, kwargs = arguments(x, self.inputs)
             state = {**named, **self._constants, **self._constant_buffers, **buffers}
