@@ -357,6 +357,9 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
         self.n_iter_ = self.max_epochs
         return self
 
+    def _sees(self, name: str) -> bool:
+        return True
+
     def _why_not(self, name: str) -> str | None:
         if name == "label_smoothing" and not isinstance(self.criterion, str):
             return (

@@ -48,6 +48,10 @@ class Net(Protocol):
     def _why_not(self, name: str) -> str | None:
         """Why this parameter of the loss cannot be tuned under the others, or None if it can."""
 
+    def _sees(self, name: str) -> bool:
+        """Whether the hyper-training follows this parameter, so that short trainings can tell its values apart."""
+        ...
+
     def _encode(self, X: Any, y: Any, sample_weight: Any = None, *, all_y: Any = None) -> Rows:
         """Check training rows, learn what describes them and return them as tensors; classes are those of ``all_y``."""
         ...

@@ -98,7 +98,9 @@ class Retrained:
         with isolated(self.seed, folds[0].net.device):  # a module may draw in eval mode, too
             losses = torch.stack(
                 [
-                    self.objective.full_valid_loss(torch.from_numpy(w).to(fold.valid.x), fold.valid, k, smoothing)
+                    self.objective.full_valid_loss(
+                        torch.from_numpy(w).to(fold.valid.x.device), fold.valid, k, smoothing
+                    )
                     for k, (w, fold) in enumerate(zip(self.weights, folds, strict=True))
                 ]
             )

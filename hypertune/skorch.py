@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from sklearn.base import clone
-from skorch import NeuralNet, NeuralNetBinaryClassifier, NeuralNetClassifier
+from skorch import NeuralNet, NeuralNetBinaryClassifier, NeuralNetClassifier, NeuralNetRegressor
 from skorch.callbacks import EarlyStopping, LRScheduler
 from torch import Tensor, nn
 
@@ -32,7 +32,9 @@ from hypertune.optimizers import refuse_optimizer, scheduled
 from hypertune.randomness import isolated
 from hypertune.reach import Reach
 
-_OWN_LOSSES = {cls.get_loss for cls in (NeuralNet, NeuralNetClassifier, NeuralNetBinaryClassifier)}
+_NETS = (NeuralNet, NeuralNetClassifier, NeuralNetBinaryClassifier, NeuralNetRegressor)
+_OWN_LOSSES = {cls.get_loss for cls in _NETS}
+_STEPS = ("train_step", "train_step_single", "get_iterator", "get_dataset")  # methods that make a fit another training
 
 
 @dataclass
@@ -95,6 +97,12 @@ class SkorchNet:
         if name == "criterion__label_smoothing" and not self._smooths:
             return f"needs criterion=torch.nn.CrossEntropyLoss without class weights, got {self.net.criterion!r}"
         return None
+
+    def _sees(self, name: str) -> bool:
+        owner, *_ = name.partition("__")
+        return (
+            owner in ("module", "optimizer", "lr", "batch_size", "max_epochs") or name == "iterator_train__batch_size"
+        )
 
     # --- data ------------------------------------------------------------------------------------------------------------
 
@@ -169,14 +177,21 @@ class SkorchNet:
         if not schedulers:
             return optimizer, scheduled(optimizer, lambda progress: 1.0, steps)
         updates = steps if schedulers[0].step_every == "batch" else self.max_epochs
-        rates = schedulers[0].simulate(updates, lr)
+        try:
+            rates = schedulers[0].simulate(updates, lr)
+        except TypeError as error:  # ReduceLROnPlateau
+            raise ValueError(
+                f"The hyper-training follows a scheduler whose learning rates are known before the fit, and those of LRScheduler({schedulers[0].policy!r}) depend "
+                "on a loss: use another policy, such as 'CosineAnnealingLR'."
+            ) from error
         return optimizer, scheduled(
             optimizer, lambda progress: float(rates[min(int(progress * updates), updates - 1)]) / lr, steps
         )
 
     def _callbacks(self) -> list[Any]:
-        callbacks = self.net.callbacks if isinstance(self.net.callbacks, (list, tuple)) else []
-        return [c[1] if isinstance(c, tuple) else c for c in callbacks]
+        net = clone(self.net)
+        net.initialize_callbacks()  # which sets what callbacks__… says, and leaves out what that switches off
+        return [callback for _, callback in net.callbacks_]
 
     def _schedulers(self) -> list[LRScheduler]:
         return [c for c in self._callbacks() if isinstance(c, LRScheduler)]
@@ -184,7 +199,9 @@ class SkorchNet:
     def _ignored(self) -> list[str]:
         """What makes a fit of the net's another training than the hyper-training's."""
         split = ["train_split (set it to None)"] if self.net.train_split else []
-        return split + ["EarlyStopping"] * any(isinstance(c, EarlyStopping) for c in self._callbacks())
+        own = [name for name in _STEPS if getattr(type(self.net), name) not in (getattr(cls, name) for cls in _NETS)]
+        sampled = ["iterator_train__sampler"] if self.net.get_params().get("iterator_train__sampler") else []
+        return split + ["EarlyStopping"] * any(isinstance(c, EarlyStopping) for c in self._callbacks()) + sampled + own
 
     def _check_outputs(self, objective: Objective, x: Tensor) -> None:
         w = objective.initial_weights()[None]

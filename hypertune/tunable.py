@@ -65,7 +65,7 @@ def check_choices(
     Raises
     ------
     ValueError
-        For what the estimator has no parameter for, a whole net, a criterion, beside a weight for each row, and where there is
+        For what the estimator has no parameter for, a whole net, a criterion and its parameters, what the hyper-training does not follow, beside a weight for each row, and where there is
         nothing else to tune.
     """
     for name in choices:
@@ -77,8 +77,10 @@ def check_choices(
             why = "none is compared beside a weight for each row"
         elif f"{name}__" == prefix:
             why = "values are compared for the parameters of a net, and not whole nets"
-        elif name == f"{prefix}criterion":
+        elif name.removeprefix(prefix).partition("__")[0] == "criterion" and name.startswith(prefix):
             why = "its validation losses would be of different units"
+        elif name.startswith(prefix) and not net._sees(name.removeprefix(prefix)):
+            why = "the hyper-training does not follow it, so that all its values would be level"
         if why is not None:
             raise ValueError(
                 f"{where}: it has a list of values, but {why}. Set it on the estimator, or give it to {OUTER}."

@@ -103,6 +103,7 @@ ROOMS = {  # room -> the rooms that it imports from
         "choices",
         "folds",
         "functions",
+        "losses",
         "memory",
         "net",
         "objective",

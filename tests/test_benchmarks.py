@@ -16,7 +16,8 @@ from sklearn.preprocessing import StandardScaler
 from benchmarks import mnist
 from benchmarks.__main__ import NAMES, main
 from benchmarks.comparison import compare
-from benchmarks.problems import digits
+from benchmarks.problems import SKORCH, digits
+from benchmarks.solvers import run
 from hypertune import TorchClassifier
 
 
@@ -189,3 +190,17 @@ def test_from_a_setting_that_kills_the_model_ten_random_ones_find_no_more_than_w
 def test_every_benchmark_explains_itself(capsys):
     main(["list"])
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(NAMES)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:skorch")
+def test_skorch_problems_begin_with_the_nets_own_setting_and_are_searched():
+    for build in SKORCH.values():
+        problem = build(0, None)
+        net = problem.estimator[-1]
+        assert problem.current["neuralnetclassifier__lr"] == pytest.approx(net.lr)
+        assert problem.coordinates.n == 5
+    problem = replace(problem, estimator=problem.estimator.set_params(neuralnetclassifier__max_epochs=1))
+    found = [run(solver, problem, trials=2) for solver in ("hypertune", "tpe")]
+    assert all(one.params.keys() == problem.space.keys() for one in found)
+    assert all(np.isfinite(one.test_loss) for one in found)

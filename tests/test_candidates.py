@@ -343,3 +343,76 @@ def test_a_fifth_of_a_row_whose_label_is_not_known(iris):
     share = 0.2 / 150
     assert_allclose(found.cautious_losses(task.folds), (1 - share) * known + share * anyones, rtol=1e-5)
     assert_allclose(found.validation_losses(task.folds), known, rtol=1e-5)
+
+
+def test_where_models_rule_out_labels_luck_is_not_known(iris, monkeypatch):
+    task = (
+        Keeping(clone(NET).set_params(max_epochs=1), {"weight_decay": loguniform(1e-6, 1e1)}, cv=3, random_state=0)
+        .fit(*iris)
+        .task
+    )
+    judge(monkeypatch, away(-9.0), cautious=lambda lam: torch.full((len(lam),), torch.inf))
+    found = retrain_candidates(task, distinct(torch.tensor([-8.0]), torch.tensor([-9.0]), torch.tensor([-13.0])))
+    assert {"middle", "start"} <= found.candidates.keys()
+    assert found.best == -9.0
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_of_large_models_the_same_are_left_out_whoever_watches(iris, monkeypatch, watched):
+    net = clone(NET).set_params(max_epochs=1, module=MLP(hidden=(300, 300)))
+    task = (
+        Keeping(net, {"weight_decay": loguniform(1e-6, 1e1)}, cv=3, random_state=0, start="estimator").fit(*iris).task
+    )
+    judge(monkeypatch, lambda lam: (lam[:, 0] + 14.0).abs(), cautious=lambda lam: (lam[:, 0] + 8.0).abs())
+    found = retrain_candidates(task, distinct(torch.tensor([-8.0]), torch.tensor([-9.0]), OWN), watched=watched)
+    assert [*found.candidates] == ["tuned", "middle", "start", "own"]
+
+
+def test_the_line_goes_to_what_is_better_if_more_had_been_seen(iris, monkeypatch):
+    task = (
+        Keeping(clone(NET).set_params(max_epochs=1), {"weight_decay": loguniform(1e-6, 1e1)}, cv=3, random_state=0)
+        .fit(*iris)
+        .task
+    )
+    judge(monkeypatch, away(-8.0), cautious=away(-5.0))
+    assert "tuned x 2" in retrain_candidates(task, distinct(TUNED, START, OWN)).candidates
+    judge(monkeypatch, away(-5.0), cautious=away(-8.0))
+    assert not any("x" in name for name in retrain_candidates(task, distinct(TUNED, START, OWN)).candidates)
+
+
+def test_of_nets_that_are_not_ours_the_best_is_fitted_beside_the_tuned_and_the_own_setting(iris, monkeypatch):
+    space = {"weight_decay": loguniform(1e-6, 1e1), "module__dropout": uniform(0, 0.8)}
+
+    def task_of(module):
+        return (
+            Keeping(clone(NET).set_params(max_epochs=1, module=module), space, cv=3, random_state=0, start="estimator")
+            .fit(*iris)
+            .task
+        )
+
+    tuned, start, own = (torch.tensor([decay, 0.4]) for decay in (-8.0, -7.0, -13.0))
+    judge(monkeypatch, away(-6.5))
+    found = retrain_candidates(task_of(MLP(hidden=(8,))), distinct(tuned, start, own), ours=False)
+    assert [*found.candidates] == ["tuned", "own", "stronger"]
+    judge(monkeypatch, away(-8.0))
+    assert [*retrain_candidates(task_of(MLP(hidden=(8,))), distinct(tuned, start, own), ours=False).candidates] == [
+        "tuned",
+        "own",
+    ]
+    for module in (MLP(hidden=(300, 300)), Normed300):
+        task = task_of(module)
+        found = retrain_candidates(task, distinct(tuned, start, own), ours=False)
+        assert ([*found.candidates], found.retrained) == (["tuned", "middle", "start", "own"], [])
+        assert torch.equal(retrain_candidates(task, distinct(tuned, start, own), ours=False, ranked=True).best, tuned)
+
+
+class Normed300(nn.Sequential):
+    def __init__(self, n, m, *, dropout=0.1):
+        super().__init__(
+            nn.Linear(n, 300),
+            nn.BatchNorm1d(300),
+            nn.Dropout(dropout),
+            nn.Linear(300, 300),
+            nn.ReLU(),
+            nn.Linear(300, m),
+        )
