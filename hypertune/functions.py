@@ -83,7 +83,7 @@ def _kept_by(value: Any) -> Any:
         return [*value.keys(), *value.values()] if len(value) <= _MOST else []
     if isinstance(value, (list, tuple, set, deque)):
         return list(value) if len(value) <= _MOST else []
-    if isinstance(value, random.Random):
+    if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
         return [value.getstate()]
     if isinstance(value, functools.partial):
         return [value.func, value.args, value.keywords]

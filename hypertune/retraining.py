@@ -90,7 +90,10 @@ class Retrained:
         """
         if self.objective.loss not in (cross_entropy, binary_cross_entropy):
             return self.validation_losses(folds)
-        rows = min(sum(len(fold.valid.x) for fold in folds), len(folds[0].train.x) + len(folds[0].valid.x))  # each once
+        rows = sum(len(fold.valid.x) for fold in folds)
+        rows = min(
+            rows, max(len(fold.train.x) + len(fold.valid.x) for fold in folds)
+        )  # each once, if folds are repeated
         return self.fold_losses(folds, smoothing=_UNSEEN / rows).mean(dim=0)
 
     def fold_losses(self, folds: list[Fold], smoothing: float = 0.0) -> Tensor:

@@ -177,19 +177,21 @@ class SkorchNet:
         if not schedulers:
             return optimizer, scheduled(optimizer, lambda progress: 1.0, steps)
         updates = steps if schedulers[0].step_every == "batch" else self.max_epochs
-        try:
-            rates = schedulers[0].simulate(updates, lr)
-        except TypeError as error:  # ReduceLROnPlateau
+        policy = schedulers[0].policy
+        if "ReduceLROnPlateau" in (policy, getattr(policy, "__name__", "")):
             raise ValueError(
-                f"The hyper-training follows a scheduler whose learning rates are known before the fit, and those of LRScheduler({schedulers[0].policy!r}) depend "
+                f"The hyper-training follows a scheduler whose learning rates are known before the fit, and those of LRScheduler({policy!r}) depend "
                 "on a loss: use another policy, such as 'CosineAnnealingLR'."
-            ) from error
+            )
+        rates = schedulers[0].simulate(updates, lr)
         return optimizer, scheduled(
             optimizer, lambda progress: float(rates[min(int(progress * updates), updates - 1)]) / lr, steps
         )
 
     def _callbacks(self) -> list[Any]:
         net = clone(self.net)
+        if net.callbacks == "disable":
+            return []
         net.initialize_callbacks()  # which sets what callbacks__… says, and leaves out what that switches off
         return [callback for _, callback in net.callbacks_]
 

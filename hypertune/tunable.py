@@ -78,9 +78,9 @@ def check_choices(
         elif f"{name}__" == prefix:
             why = "values are compared for the parameters of a net, and not whole nets"
         elif name.removeprefix(prefix).partition("__")[0] == "criterion" and name.startswith(prefix):
-            why = "its validation losses would be of different units"
+            why = "its validation losses may be of different units"
         elif name.startswith(prefix) and not net._sees(name.removeprefix(prefix)):
-            why = "the hyper-training does not follow it, so that all its values would be level"
+            why = "of such a net values are compared for the module, the optimizer, their parameters, batch_size and max_epochs alone"
         if why is not None:
             raise ValueError(
                 f"{where}: it has a list of values, but {why}. Set it on the estimator, or give it to {OUTER}."

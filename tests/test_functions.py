@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -94,3 +95,16 @@ def test_copies_of_one_object_s_functions_stay_one_object_s():
     stuck = Keeps((n for n in ()), lambda kept: None)  # a generator cannot be copied
     assert own_copy(stuck) is stuck
     assert own_copy((stuck, in_a_closure))[0] is stuck
+
+
+@pytest.mark.parametrize("make", [random.Random, np.random.default_rng, np.random.RandomState])
+def test_generators_keep_where_they_are(make):
+    generator = make(0)
+    before = state_of([generator])
+    assert state_of([generator]) == before
+    generator.random()
+    assert state_of([generator]) != before
+
+
+def test_what_does_not_say_what_it_keeps_is_no_error():
+    assert state_of([random.SystemRandom(), (i for i in range(3))]) is not None

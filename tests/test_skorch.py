@@ -171,7 +171,7 @@ def test_the_learning_rate_follows_the_nets_scheduler():
         (classifier(), {"module__width": [4, 8]}, "such as 'optimizer__weight_decay'"),
         (classifier(), SPACE | {"criterion": [nn.CrossEntropyLoss, nn.NLLLoss]}, "of different units"),
         (classifier(), SPACE | {"criterion__ignore_index": [-100, 1]}, "of different units"),
-        (classifier(), SPACE | {"iterator_train__shuffle": [True, False]}, "all its values would be level"),
+        (classifier(), SPACE | {"iterator_train__shuffle": [True, False]}, "batch_size and max_epochs alone"),
         (classifier(callbacks=[LRScheduler("ReduceLROnPlateau")]), SPACE, "depend on a loss"),
         (classifier(), {"module__dropuot": uniform(0, 0.5)}, "did you mean 'module__dropout'"),
         (classifier(), {"module__width": uniform(4, 10)}, "the factory does not take"),
@@ -299,8 +299,9 @@ def test_a_step_of_its_own_is_said(iris32):
 
 def test_callbacks_may_be_classes_with_parameters_of_their_own():
     named = {"callbacks": [("lr", LRScheduler)], "callbacks__lr__policy": "StepLR", "callbacks__lr__step_size": 5}
+    disabled = {"callbacks": "disable"}
     off = {"callbacks": [("lr", LRScheduler("StepLR", step_size=5))], "callbacks__lr": None}
-    for params, rates in ((named, 3), (off, 1)):
+    for params, rates in ((named, 3), (off, 1), (disabled, 1)):
         optimizer, schedule = SkorchNet(classifier(max_epochs=15, **params))._make_optimizer(
             [nn.Parameter(torch.zeros(3))], steps=15
         )
