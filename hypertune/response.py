@@ -173,7 +173,7 @@ class BestResponse:
         if self.verified is None:
             raise ValueError(
                 "No retrained candidates are known to this response, so that nobody knows how far it is off. They are known where the "
-                "search may retrain them in one stacked pass: a module that can be stacked (no recurrent layers, nothing drawn at random when it is built), an "
+                "search may retrain them in one stacked pass: a module that can be stacked (no recurrent layers, nothing drawn at random when it is built; of skorch nets, small ones that are screened), an "
                 'optimizer such as Adam or SGD, evaluate="retrain", and with start="estimator" no callback and no verbose estimator.'
             )
         settings, losses = self.verified

@@ -90,11 +90,9 @@ class Retrained:
         """
         if self.objective.loss not in (cross_entropy, binary_cross_entropy):
             return self.validation_losses(folds)
-        rows = sum(len(fold.valid.x) for fold in folds)
-        rows = min(
-            rows, max(len(fold.train.x) + len(fold.valid.x) for fold in folds)
-        )  # each once, if folds are repeated
-        return self.fold_losses(folds, smoothing=_UNSEEN / rows).mean(dim=0)
+        seen = sum(len(fold.valid.x) for fold in folds)
+        most = max(len(fold.train.x) + len(fold.valid.x) for fold in folds)  # where folds are repeated
+        return self.fold_losses(folds, smoothing=_UNSEEN / min(seen, most)).mean(dim=0)
 
     def fold_losses(self, folds: list[Fold], smoothing: float = 0.0) -> Tensor:
         """L_Valid of each setting on all validation rows of each fold, (K, C), of smoothed labels if so; infinite where a model is not finite."""

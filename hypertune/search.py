@@ -62,7 +62,7 @@ class HyperTrainingSearchCV(BaseSearchCV):
         and an ``augment`` function, and every ``module__…`` keyword that sets a dropout rate or another number which only training
         reads. Beside one of these ``lr``, of which some values are tried before, and any other parameter of the estimator or of a Pipeline's steps
         with a list of values (or a ``CategoricalDistribution``), of which the best is chosen before. The penalties may have a value for each layer, unit, weight or feature, with
-        :func:`per_layer`, :func:`per_unit`, :func:`per_weight`, :func:`per_feature` around the distribution. Of a skorch net ``optimizer__weight_decay``, ``criterion__label_smoothing`` and ``module__…`` have a gradient.
+        :func:`per_layer`, :func:`per_unit`, :func:`per_weight`, :func:`per_feature` around the distribution. Of a skorch net ``optimizer__weight_decay``, ``criterion__label_smoothing`` and ``module__…`` have a gradient, and lists may be given for ``module``, ``optimizer``, their keywords, ``batch_size`` and ``max_epochs``.
     algorithm : {"auto", "joint", "global", "simplified", "implicit", "t1t2", "unrolled", "forward", "hybrid"} or instance, \
             default="auto"
         "joint", "global" and "simplified" are Algorithms 3, 2 and 4 of the paper: hypernetwork and hyperparameters together,

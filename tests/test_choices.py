@@ -27,6 +27,7 @@ from hypertune import (
     per_layer,
     starts,
 )
+from hypertune.candidates import retrain_candidates
 from hypertune.choices import choose, own_values, same, split
 from hypertune.comparing import _share
 from hypertune.optuna import to_study
@@ -419,6 +420,20 @@ def test_architectures_are_compared_as_factories(iris):
     assert [factory.get_params().get("dropout") for factory in factories] == [0.1, 0.0, 0.2]
     assert_scores_are_those_of_own_fits(found, *iris, rel=1e-4)
     assert "own" in found.cv_results_["candidate"]
+
+
+def test_it_is_the_best_setting_whose_own_values_are_tried(iris, monkeypatch):
+    original = retrain_candidates
+
+    def other(task, *args, **kwargs):
+        found = original(task, *args, **kwargs)
+        return found._replace(best=task.space.encode(task.space.decode(found.best) | {"weight_decay": 0.02}))
+
+    monkeypatch.setattr("hypertune.proposal.retrain_candidates", other)
+    net = clone(NET).set_params(module__hidden=(1,), max_epochs=20)
+    results = search(net, {"weight_decay": PRIOR, "module__hidden": [(1,), (16,)]}).fit(*iris).cv_results_
+    rows = dict(zip(results["candidate"], results["params"], strict=True))
+    assert rows["own values"] == {"module__hidden": (1,), "weight_decay": pytest.approx(0.02)}
 
 
 @pytest.mark.parametrize(
